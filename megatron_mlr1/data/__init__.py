@@ -1,0 +1,1 @@
+"""Tokens to batches: index, records, tokenizers, preprocessing, mixtures."""

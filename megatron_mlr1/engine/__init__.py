@@ -1,0 +1,1 @@
+"""The one room that imports megatron.training: run, forward step, datasets, metrics."""

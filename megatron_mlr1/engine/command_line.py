@@ -1,0 +1,38 @@
+"""The command line that the engine's parser gets, and what it would answer with a stack trace."""
+
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+
+from megatron.training.arguments import add_megatron_arguments
+
+from megatron_mlr1.options import add_mlr1_arguments, choose
+
+USAGE = (
+    "torchrun --nproc-per-node N -m megatron_mlr1.train --model NAME --stage NAME --data-root DIR "
+    "--save DIR [any Megatron flag]"
+)
+
+
+def parser() -> ArgumentParser:
+    """Give a parser of our flags, first, and then all of the engine's, in its groups."""
+    ours = ArgumentParser(
+        prog="megatron_mlr1.train",
+        usage=USAGE,
+        description="Train a MobileLLM-R1 by a recipe. A word of yours wins over the recipe's.",
+        allow_abbrev=False,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    add_megatron_arguments(add_mlr1_arguments(ours))
+    return ours
+
+
+def refuse_unknown(words: Sequence[str], known: ArgumentParser) -> None:
+    """Refuse a flag that neither we nor the engine know.
+
+    Raises:
+        ConfigError: names the flag and the nearest that is known.
+    """
+    flags = [flag.removeprefix("--") for flag in known._option_string_actions]
+    for word in words:
+        if word.startswith("--"):
+            choose(word.removeprefix("--").split("=", 1)[0], flags, "flag called")

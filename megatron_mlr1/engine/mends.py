@@ -1,0 +1,91 @@
+"""Faults of Megatron-Core 0.19 that would stop or spoil our runs, each mended in one function.
+
+Every mend says what is wrong and where it does not apply; drop it when the engine has its own.
+"""
+
+import importlib.util
+from typing import Any
+
+import megatron.core.datasets.utils
+import megatron.training.training
+import torch
+from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
+
+
+def apply() -> None:
+    """Mend the engine in this process; a second call changes nothing."""
+    _keep_compiled_dataset_helpers()
+    if not HAVE_APEX_OR_TE:
+        _make_torch_adam_resumable()
+        _load_torch_adam_without_step()
+
+
+def _keep_compiled_dataset_helpers() -> None:
+    """Stop the engine from compiling what its wheel brings compiled.
+
+    It runs `make` in a folder that has no Makefile in the wheel, and exits the process.
+    """
+    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
+        megatron.core.datasets.utils.compile_helpers = _nothing_to_compile
+
+
+def _nothing_to_compile() -> None:
+    pass
+
+
+def _make_torch_adam_resumable() -> None:
+    """Prepare the optimizer for a resume as soon as it is made.
+
+    With torch's Adam (neither Transformer Engine nor Apex there), the distributed optimizer cannot
+    load before its first step, and after a load all parameters share one `step` tensor, which each
+    of them then counts up: the bias correction is wrong and training diverges without a word.
+    """
+    training = megatron.training.training
+    make = training.get_megatron_optimizer
+    if getattr(make, "makes_resumable", False):
+        return
+
+    def make_resumable(*args: Any, **kwargs: Any) -> Any:
+        optimizer = make(*args, **kwargs)
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+            if isinstance(part, DistributedOptimizer) and part.optimizer is not None:
+                initialise_state(part.optimizer)
+                part.optimizer.register_load_state_dict_post_hook(separate_steps)
+        return optimizer
+
+    make_resumable.makes_resumable = True  # type: ignore[attr-defined]
+    training.get_megatron_optimizer = make_resumable
+
+
+def _load_torch_adam_without_step() -> None:
+    """Let the distributed optimizer load torch Adam's moments.
+
+    The loader hands over every state tensor but `step`, which is loaded elsewhere, and then looks
+    for all that the optimizer has, `step` among them: a KeyError.
+    """
+    load = DistributedOptimizer._set_main_param_and_optimizer_states
+    if getattr(load, "leaves_step", False):
+        return
+
+    def leave_step(self: Any, model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
+        load(self, model_param, {"step": None, **tensors})
+
+    leave_step.leaves_step = True  # type: ignore[attr-defined]
+    DistributedOptimizer._set_main_param_and_optimizer_states = leave_step
+
+
+def initialise_state(adam: torch.optim.Optimizer) -> None:
+    """Give each parameter the state that Adam would give it in its first step."""
+    for group in adam.param_groups:
+        for parameter in group["params"]:
+            adam.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+
+def separate_steps(adam: torch.optim.Optimizer) -> None:
+    """Give each parameter a step tensor of its own."""
+    for state in adam.state.values():
+        state["step"] = state["step"].clone()

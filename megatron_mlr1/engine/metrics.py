@@ -1,0 +1,229 @@
+"""What a run says of itself: throughput from an exact FLOP count, and a record of every step.
+
+The engine's log is not a witness: the second line of any process averages two steps. The record
+holds the exact figures of each step instead.
+"""
+
+import json
+import os
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import megatron.training.training
+from megatron.training import get_tensorboard_writer, get_timers
+
+from megatron_mlr1.engine.datasets import Datasets
+from megatron_mlr1.model.shape import ModelShape
+
+RECORD = "metrics.jsonl"
+"""The record's name in the folder of the checkpoints: a line of JSON for each step."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Throughput:
+    """The speed of the whole run over one log interval."""
+
+    tokens_per_second: float
+    tokens_per_second_per_gpu: float
+    tflops_per_gpu: float
+    """10^12 FLOP/s of each device: forward and backward, without recompute."""
+    mfu: float | None
+    """Share of the device's dense bf16 peak, 0 to 1; None where the peak is not known."""
+
+
+def throughput(
+    *,
+    shape: ModelShape,
+    tokens: float,
+    sum_squared_lengths: float,
+    seconds: float,
+    devices: int,
+    peak_tflops: float | None,
+) -> Throughput:
+    """Work out the speed of a run.
+
+    Args:
+        shape: the model.
+        tokens: tokens trained on in the interval.
+        sum_squared_lengths: sum of length^2 over the sequences, or documents where masked.
+        seconds: wall-clock time of the interval.
+        devices: processes of the run.
+        peak_tflops: dense peak of one device.
+    """
+    tflops = shape.training_flops(tokens, sum_squared_lengths) / seconds / devices / 1e12
+    return Throughput(
+        tokens_per_second=tokens / seconds,
+        tokens_per_second_per_gpu=tokens / seconds / devices,
+        tflops_per_gpu=tflops,
+        mfu=None if peak_tflops is None else tflops / peak_tflops,
+    )
+
+
+class Record:
+    """A file with one line of JSON for each step, cut back to where a run resumes."""
+
+    def __init__(self, path: Path, *, last_iteration: int) -> None:
+        """Open the record and drop what came after `last_iteration`: it will be done again."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [
+            line for line in _whole_lines(path) if json.loads(line)["iteration"] <= last_iteration
+        ]
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(line + "\n" for line in kept))
+        os.replace(partial, path)
+        self._file = path.open("a", buffering=1)
+
+    def add(self, row: Mapping[str, object]) -> None:
+        """Append one step. Floats keep all their digits."""
+        self._file.write(json.dumps(row) + "\n")
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """Read the lines that were written to their end; a killed process may leave half a line."""
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    return [line for line in lines[:-1] if line]
+
+
+class Writer(Protocol):
+    """What we use of a TensorBoard writer."""
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        """Write one point of a curve."""
+
+
+class Metrics:
+    """Stands around the engine's `training_log`, which every process calls after each step."""
+
+    def __init__(
+        self, args: Namespace, shape: ModelShape, datasets: Datasets, peak_tflops: float | None
+    ) -> None:
+        """Take the engine's validated arguments, the model, its data and the device's peak."""
+        self._args = args
+        self._shape = shape
+        self._datasets = datasets
+        self._peak_tflops = peak_tflops
+        self._record: Record | None = None
+        self._steps = 0
+        self._tokens = 0.0
+        self._squares = 0.0
+
+    def install(self) -> None:
+        """Take the place of the engine's `training_log`, and call it first."""
+        engine_log = megatron.training.training.training_log
+
+        def log(losses: dict[str, Any], *rest: Any, **keywords: Any) -> Any:
+            learning_rate, iteration, grad_norm = rest[1], rest[2], rest[6]
+            skipped = bool(rest[5])
+            squares = keywords.get("seqlen_squared_sum_in_batch")
+            seconds = self._step(iteration, squares)
+            answer = engine_log(losses, *rest, **keywords)
+            if self._args.rank == self._args.world_size - 1:
+                row: dict[str, object] = {
+                    "iteration": iteration,
+                    "consumed_samples": self._args.consumed_train_samples,
+                    "tokens": self._args.consumed_train_samples * self._args.seq_length,
+                    **{name: value.item() for name, value in losses.items()},
+                    "learning_rate": learning_rate,
+                    "grad_norm": None if grad_norm is None else float(grad_norm),
+                    "skipped": skipped,
+                }
+                self._report(row, iteration, seconds)
+            return answer
+
+        megatron.training.training.training_log = log
+
+    def _step(self, iteration: int, squares: float | None) -> float | None:
+        """Count one step; at the end of a log interval give its seconds."""
+        args = self._args
+        batch = args.global_batch_size
+        self._steps += 1
+        self._tokens += batch * args.seq_length
+        self._squares += batch * args.seq_length**2 if squares is None else squares
+        if iteration % args.log_interval != 0:
+            return None
+        # Without evaluation and saving, during which the engine stops this timer.
+        return float(get_timers()("interval-time").elapsed(reset=False))
+
+    def _report(self, row: dict[str, object], iteration: int, seconds: float | None) -> None:
+        if seconds is not None:
+            speed = throughput(
+                shape=self._shape,
+                tokens=self._tokens,
+                sum_squared_lengths=self._squares,
+                seconds=seconds,
+                devices=self._args.world_size,
+                peak_tflops=self._peak_tflops,
+            )
+            corpora = self._corpus_tokens()
+            print(line(iteration, int(str(row["tokens"])), speed, corpora), flush=True)
+            plot(get_tensorboard_writer(), iteration, int(str(row["tokens"])), speed, corpora)
+            row |= {
+                "tokens_per_second": speed.tokens_per_second,
+                "tflops_per_gpu": speed.tflops_per_gpu,
+                "mfu": speed.mfu,
+                "corpus_tokens": corpora,
+            }
+            self._steps, self._tokens, self._squares = 0, 0.0, 0.0
+        if self._args.save is not None:
+            if self._record is None:
+                self._record = Record(Path(self._args.save) / RECORD, last_iteration=iteration - 1)
+            self._record.add(row)
+
+    def _corpus_tokens(self) -> dict[str, int]:
+        count = self._datasets.count
+        if count is None:
+            return {}
+        samples = count.samples(self._args.consumed_train_samples)
+        return {name: number * self._args.seq_length for name, number in samples.items()}
+
+
+def line(iteration: int, tokens: int, speed: Throughput, corpora: Mapping[str, int]) -> str:
+    """Write the line that follows the engine's own in the log."""
+    parts = [
+        f" iteration {iteration:8d}",
+        f"tokens seen: {_short(tokens)}",
+        f"tokens/s: {_short(speed.tokens_per_second)}",
+        f"tokens/s/GPU: {_short(speed.tokens_per_second_per_gpu)}",
+        f"TFLOP/s/GPU: {speed.tflops_per_gpu:.4g}",
+        "MFU: peak unknown" if speed.mfu is None else f"MFU: {100 * speed.mfu:.1f} %",
+    ]
+    if corpora:
+        parts.append(
+            "tokens by corpus: " + ", ".join(f"{k} {_short(v)}" for k, v in corpora.items())
+        )
+    return " | ".join(parts)
+
+
+def plot(
+    writer: Writer | None,
+    iteration: int,
+    tokens: int,
+    speed: Throughput,
+    corpora: Mapping[str, int],
+) -> None:
+    """Draw the same in TensorBoard, where the engine opened it."""
+    if writer is None:
+        return
+    writer.add_scalar("throughput/tokens-per-second", speed.tokens_per_second, iteration)
+    writer.add_scalar(
+        "throughput/tokens-per-second-per-gpu", speed.tokens_per_second_per_gpu, iteration
+    )
+    writer.add_scalar("throughput/tflops-per-gpu", speed.tflops_per_gpu, iteration)
+    if speed.mfu is not None:
+        writer.add_scalar("throughput/mfu", speed.mfu, iteration)
+    writer.add_scalar("tokens/seen", tokens, iteration)
+    for name, count in corpora.items():
+        writer.add_scalar(f"tokens/{name}", count, iteration)
+
+
+def _short(number: float) -> str:
+    """Write a count with three digits and a unit: 1.53M."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"

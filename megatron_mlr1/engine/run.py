@@ -1,0 +1,143 @@
+"""One training run: a plan becomes the engine's words, and its `pretrain` does the rest."""
+
+import platform
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.training import pretrain
+from megatron.training.argument_utils import (
+    gpt_config_from_args,
+    pretrain_cfg_container_from_args,
+)
+from megatron.training.arguments import parse_and_validate_args
+
+import megatron_mlr1
+from megatron_mlr1.data.mixture import ResolvedCorpus, data_path_words
+from megatron_mlr1.engine import command_line, machine, mends, start
+from megatron_mlr1.engine.datasets import Datasets
+from megatron_mlr1.engine.forward import ForwardStep
+from megatron_mlr1.engine.metrics import Metrics
+from megatron_mlr1.errors import ConfigError
+from megatron_mlr1.model.build import finish
+from megatron_mlr1.model.shape import ModelShape
+from megatron_mlr1.model.spec import block_spec
+from megatron_mlr1.options import Mlr1Options, add_mlr1_arguments
+from megatron_mlr1.recipes import Plan
+
+
+def run(plan: Plan, corpora: Sequence[ResolvedCorpus], *, rank: int) -> None:
+    """Train by a plan, to its end or until a signal.
+
+    Args:
+        plan: what `recipes.expand` made of the command line.
+        corpora: the files of its mixture; empty where the engine's own flags bring the data.
+        rank: this process's place in the whole run.
+
+    Raises:
+        Mlr1Error: whatever a person can mend; nothing was trained then.
+    """
+    mends.apply()
+    machine.environment()
+    words = words_of(plan, corpora, announce=rank == 0)
+    args = _parse(words)
+    _train(args, plan.options, [corpus.name for corpus in corpora])
+
+
+def words_of(plan: Plan, corpora: Sequence[ResolvedCorpus], *, announce: bool) -> tuple[str, ...]:
+    """Put together all of the engine's words, and write them beside the checkpoints."""
+    command_line.refuse_unknown(plan.words, command_line.parser())
+    own, load = start.without(plan.words, "--load")
+    _, save = start.without(own, "--save")
+    data = data_path_words(corpora) if corpora else ()
+    words = (*machine.words(own), *data, *_defaults(plan, save), *own)
+    this_run = start.Run(
+        model=str(plan.options.model),
+        stage=str(plan.options.stage),
+        words=words,
+        versions=_versions(),
+    )
+    begin = start.decide(
+        run=this_run,
+        save=None if save is None else Path(save),
+        load=None if load is None else Path(load),
+        from_scratch=plan.options.from_scratch,
+        needs_load=plan.starts_from,
+    )
+    if announce:
+        print(f"{this_run.model} {this_run.stage} {begin.reason}", flush=True)
+        if save is not None:
+            this_run.write(Path(save))
+    return words + begin.words
+
+
+def _defaults(plan: Plan, save: str | None) -> tuple[str, ...]:
+    """Give the flags whose value follows from where data and checkpoints lie."""
+    chosen: list[str] = []
+    root = plan.options.data_root
+    if root is not None and (root / "tokenizer").is_dir():
+        chosen += ["--tokenizer-model", str(root / "tokenizer")]
+    if save is not None:
+        chosen += ["--tensorboard-dir", str(Path(save) / "tensorboard")]
+    return tuple(chosen)
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "megatron-core": metadata.version("megatron-core"),
+        "megatron_mlr1": megatron_mlr1.__version__,
+    }
+
+
+def _parse(words: Sequence[str]) -> Namespace:
+    """Have the engine parse and judge the words, and turn its refusals into ours."""
+    sys.argv = [sys.argv[0], *words]
+    try:
+        args: Namespace = parse_and_validate_args(extra_args_provider=add_mlr1_arguments)
+    except AssertionError as error:
+        raise ConfigError(
+            f"Megatron-Core refuses these flags: {error or 'an assertion without a message'}. "
+            "Change the flag that it names; `--help` lists them all."
+        ) from error
+    return args
+
+
+def _train(args: Namespace, options: Mlr1Options, corpora: Sequence[str]) -> None:
+    model = gpt_config_from_args(args)
+    finish(model.transformer)
+    model.transformer_layer_spec = partial(_layers, swiglu_kernel=options.kernels["swiglu"])
+    datasets = Datasets(args, corpora)
+    peak = machine.peak_tflops(options.peak_tflops)
+    Metrics(args, shape_of(args), datasets, peak).install()
+    pretrain(
+        pretrain_cfg_container_from_args(args, model),
+        datasets,
+        ModelType.encoder_or_decoder,
+        ForwardStep(args),
+    )
+
+
+def _layers(model: Any, vp_stage: int | None = None, *, swiglu_kernel: Any) -> Any:
+    """Give the engine's builder the layers of one stage."""
+    return block_spec(model.transformer, swiglu_kernel=swiglu_kernel, vp_stage=vp_stage)
+
+
+def shape_of(args: Namespace) -> ModelShape:
+    """Read the model's sizes from the engine's validated arguments."""
+    return ModelShape(
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        ffn_hidden_size=args.ffn_hidden_size,
+        num_attention_heads=args.num_attention_heads,
+        num_query_groups=args.num_query_groups,
+        kv_channels=args.kv_channels,
+        vocab_size=args.padded_vocab_size,
+    )

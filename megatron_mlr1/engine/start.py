@@ -1,0 +1,162 @@
+"""Where a run starts: its own last checkpoint, the weights of a former stage, or nothing.
+
+The engine would start from random weights when a folder to load holds no checkpoint, and would
+carry one stage's schedule into the next. Both are decided here instead.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+from megatron_mlr1.errors import CheckpointError, ConfigError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+"""The engine's file that names the newest whole checkpoint of a folder."""
+
+RUN = "run.json"
+"""Our record beside the checkpoints: which run wrote them, and with which words."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """What a folder of checkpoints belongs to."""
+
+    model: str
+    stage: str
+    words: tuple[str, ...]
+    """The words that the engine got."""
+
+    versions: dict[str, str]
+    """Of Python, torch, Megatron-Core and this package."""
+
+    @classmethod
+    def read(cls, folder: Path) -> Self | None:
+        """Read the record of a folder; None where there is none.
+
+        Raises:
+            CheckpointError: the record cannot be read.
+        """
+        path = folder / RUN
+        if not path.exists():
+            return None
+        try:
+            fields = json.loads(path.read_text())
+            return cls(**{**fields, "words": tuple(fields["words"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{path} cannot be read ({error}); it is the record that training writes beside "
+                "its checkpoints. Move it away to go on without it."
+            ) from error
+
+    def write(self, folder: Path) -> None:
+        """Write the record, whole or not at all.
+
+        Raises:
+            CheckpointError: the folder cannot be written.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = folder / f"{RUN}.partial"
+            partial.write_text(json.dumps(asdict(self), indent=2) + "\n")
+            os.replace(partial, folder / RUN)
+        except OSError as error:
+            raise CheckpointError(
+                f"--save {folder} cannot be written ({error.strerror}); checkpoints go there. Give "
+                "a folder that every node can write."
+            ) from error
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Start:
+    """How a run starts, in the engine's words and for a person."""
+
+    words: tuple[str, ...]
+    reason: str
+
+
+def decide(
+    *, run: Run, save: Path | None, load: Path | None, from_scratch: bool, needs_load: str | None
+) -> Start:
+    """Decide where a run starts.
+
+    Args:
+        run: the run that is about to start.
+        save: folder of its checkpoints.
+        load: folder that the user names to start from.
+        from_scratch: the user wants random weights even for a later stage.
+        needs_load: the stage whose weights this one starts from.
+
+    Raises:
+        ConfigError: a later stage without weights to start from, or a folder of another run.
+        CheckpointError: nothing to load where the user says.
+    """
+    if save is not None and has_checkpoint(save):
+        _refuse_other_run(run, save)
+        return Start(
+            words=("--load", str(save)), reason=f"goes on from its last checkpoint in {save}"
+        )
+    if load is not None and load != save:
+        return _from(load, run)
+    if needs_load is not None and not from_scratch:
+        raise ConfigError(
+            f"Stage {run.stage} starts from the weights of {needs_load}, and --load is missing. "
+            f"Give --load with the folder that {needs_load} saved to, or --from-scratch for random "
+            "weights."
+        )
+    return Start(words=(), reason="starts from random weights")
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Tell whether the engine finds a whole checkpoint in a folder."""
+    return (folder / TRACKER).is_file()
+
+
+def _from(load: Path, run: Run) -> Start:
+    if not has_checkpoint(load):
+        raise CheckpointError(
+            f"--load {load} holds no checkpoint ({TRACKER} is missing). Give the folder that a run "
+            "saved to or that tools/convert_checkpoint.py hf-to-megatron wrote."
+        )
+    other = Run.read(load)
+    if other is not None and (other.model, other.stage) == (run.model, run.stage):
+        return Start(
+            words=("--load", str(load)), reason=f"goes on from {load}, the same stage's run"
+        )
+    if other is not None and other.model != run.model:
+        raise ConfigError(
+            f"--load {load} holds a {other.model} and this run trains a {run.model}; the weights "
+            "do not fit. Give a checkpoint of the same model."
+        )
+    what = "weights" if other is None else f"weights of {other.stage}"
+    return Start(
+        words=("--pretrained-checkpoint", str(load)),
+        reason=f"starts from the {what} in {load}, with a new optimizer and its own schedule",
+    )
+
+
+def _refuse_other_run(run: Run, save: Path) -> None:
+    other = Run.read(save)
+    if other is not None and (other.model, other.stage) != (run.model, run.stage):
+        raise ConfigError(
+            f"--save {save} holds checkpoints of {other.model} {other.stage}, and this run is "
+            f"{run.model} {run.stage}. Give each stage a folder of its own; to start from those "
+            "weights name that folder with --load."
+        )
+
+
+def without(words: Sequence[str], flag: str) -> tuple[tuple[str, ...], str | None]:
+    """Take a flag with one value out of a list of words; give the rest and the last value."""
+    rest: list[str] = []
+    value: str | None = None
+    waiting = iter(words)
+    for word in waiting:
+        if word == flag:
+            value = next(waiting, None)
+        elif word.startswith(flag + "="):
+            value = word.split("=", 1)[1]
+        else:
+            rest.append(word)
+    return tuple(rest), value

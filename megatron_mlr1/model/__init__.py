@@ -1,0 +1,1 @@
+"""Sizes to modules: spec, attention, norm, build."""

@@ -1,0 +1,1 @@
+"""Mathematics of one device: tensors in, tensors out."""

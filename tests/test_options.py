@@ -1,0 +1,78 @@
+"""Our own flags: what they become, and what is refused."""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+import pytest
+
+from megatron_mlr1.errors import ConfigError
+from megatron_mlr1.options import KERNELS, Mlr1Options, add_mlr1_arguments, choose, split_words
+
+
+def test_flags_become_frozen_options() -> None:
+    words = (
+        "--model 950m --stage pretrain_phase1 --recipe own.yaml --without bf16,--seed "
+        "--mixture pretrain_phase2 --data-root corpora --mlr1-kernels swiglu=reference "
+        "--peak-tflops 989"
+    )
+    options, _ = split_words(words.split())
+    assert options == Mlr1Options(
+        model="950m",
+        stage="pretrain_phase1",
+        recipe=Path("own.yaml"),
+        without=("bf16", "seed"),
+        mixture="pretrain_phase2",
+        data_root=Path("corpora"),
+        kernels={"swiglu": "reference"},
+        peak_tflops=989.0,
+    )
+
+
+def test_an_empty_command_line_takes_the_first_kernel_of_each_op_and_nothing_else() -> None:
+    options, rest = split_words([])
+    assert dict(options.kernels) == {op: names[0] for op, names in KERNELS.items()}
+    assert options.without == rest == ()
+    assert options.peak_tflops is None
+
+
+def test_the_engines_words_keep_their_order() -> None:
+    _, rest = split_words(["--lr", "1e-3", "--model", "tiny", "--data-path", "1", "a", "--fp16"])
+    assert rest == ("--lr", "1e-3", "--data-path", "1", "a", "--fp16")
+
+
+def test_the_beginning_of_one_of_our_flags_is_not_taken_for_it() -> None:
+    assert split_words(["--mix", "x"])[1] == ("--mix", "x")
+
+
+def test_a_parsed_namespace_may_hold_the_engines_values_too() -> None:
+    parser = add_mlr1_arguments(ArgumentParser())
+    namespace = parser.parse_args(["--model", "tiny"], Namespace(num_layers=4))
+    assert Mlr1Options.from_namespace(namespace).model == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--mlr1-kernels", "swiglo=mlr1"], "Did you mean swiglu"),
+        (["--mlr1-kernels", "swiglu=refrence"], "Did you mean reference"),
+        (["--mlr1-kernels", "swiglu"], "OP=NAME"),
+        (["--peak-tflops", "fast"], "--peak-tflops: invalid float value"),
+        (["--peak-tflops", "0"], "must be a positive number"),
+        (["--peak-tflops", "nan"], "must be a positive number"),
+        (["--model"], "--model: expected one argument"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_meant_is_refused(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        split_words(words)
+
+
+def test_a_word_that_resembles_nothing_gets_the_list_alone() -> None:
+    with pytest.raises(ConfigError, match=r"There is no fruit 'xyz'\. Known: apple, pear\.$"):
+        choose("xyz", ["apple", "pear"], "fruit")
+
+
+def test_a_long_list_is_left_out_of_the_message() -> None:
+    with pytest.raises(ConfigError, match=r"There is no number '99'\. Did you mean 9\?$"):
+        choose("99", [str(n) for n in range(10, 40) if n != 99] + ["9"], "number")
