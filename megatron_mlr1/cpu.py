@@ -118,6 +118,8 @@ _TAKES_DEVICE_BY_PLACE: Final = frozenset({torch.Tensor.to, torch.Tensor.type})
 
 def _to_cpu(value: Any) -> Any:
     """Give the CPU for whatever names a CUDA device, and anything else back as it is."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return "cpu"
     if isinstance(value, str):
         if value.startswith("torch.cuda."):
             return value.replace("torch.cuda.", "torch.", 1)
@@ -198,7 +200,7 @@ class _Event:
 
 
 class _Generators:
-    """Gives the CPU's generator for any device: the engine asks with a `torch.device`."""
+    """Gives the CPU's generator for any device."""
 
     def __getitem__(self, device: object) -> torch.Generator:
         return torch.default_generator
@@ -261,7 +263,8 @@ def _redirect_torch_cuda() -> None:
         "is_initialized": _Answer(True),
         # One "device" for each process of this machine: the engine checks its ranks against it.
         "device_count": _Answer(ranks_here),
-        "current_device": _Answer(torch.device("cpu")),
+        # A number, since the engine also writes it into names of devices.
+        "current_device": _Answer(0),
         "get_device_name": _Answer("CPU"),
         "get_device_capability": _Answer((0, 0)),
         "get_device_properties": _Answer(_properties()),

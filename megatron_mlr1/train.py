@@ -1,44 +1,75 @@
-"""`torchrun ... -m megatron_mlr1.train`: the command that trains."""
+"""`torchrun ... -m megatron_mlr1.train`: the command that trains.
+
+Imports stand inside the functions: the engine's checkpoint writer starts processes that import the
+main module again, and CPU mode has to come before the engine.
+"""
 
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from megatron_mlr1 import cpu
-from megatron_mlr1.data.mixture import ResolvedCorpus, resolve
-from megatron_mlr1.errors import Mlr1Error
-from megatron_mlr1.recipes import expand
+if TYPE_CHECKING:
+    from megatron_mlr1.data.mixture import ResolvedCorpus
+    from megatron_mlr1.recipes import Plan
 
 
 def main(words: Sequence[str]) -> int:
     """Train by the words of a command line; give the exit code."""
-    rank = int(os.environ.get("RANK", "0"))
+    from megatron_mlr1.errors import Mlr1Error
+
     try:
         if not {"-h", "--help"}.isdisjoint(words):
-            return _help()
-        plan = expand(words, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-        plan.require_runnable()
-        corpora: Sequence[ResolvedCorpus] = ()
-        if plan.mixture is not None and plan.options.data_root is not None:
-            corpora = resolve(plan.mixture, plan.options.data_root)
-        cpu.activate()
-        # The engine's modules ask for CUDA as they are imported, so CPU mode comes first.
-        from megatron_mlr1.engine.run import run
-
-        run(plan, corpora, rank=rank)
+            _print_help()
+        else:
+            _train(words)
     except Mlr1Error as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        _print_error(error)
         return error.exit_code
     return 0
 
 
-def _help() -> int:
+def _train(words: Sequence[str]) -> None:
+    from megatron_mlr1 import cpu, recipes
+
+    plan = recipes.expand(words, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    plan.require_runnable()
+    corpora = _corpora(plan)
+    cpu.activate()
+    from megatron_mlr1.engine.run import run
+
+    run(plan, corpora, rank=_rank())
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _print_error(error: Exception) -> None:
+    """Print an error once for a run where all processes have it, and else for each that does."""
+    import torch.distributed
+
+    if torch.distributed.is_initialized() and _rank() > 0:
+        print(f"[rank {_rank()}] error: {error}", file=sys.stderr, flush=True)
+    elif os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def _corpora(plan: "Plan") -> "Sequence[ResolvedCorpus]":
+    from megatron_mlr1.data.mixture import resolve
+
+    if plan.mixture is None or plan.options.data_root is None:
+        return ()
+    return resolve(plan.mixture, plan.options.data_root)
+
+
+def _print_help() -> None:
+    from megatron_mlr1 import cpu
+
     cpu.activate()
     from megatron_mlr1.engine.command_line import parser
 
     parser().print_help()
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The command line that the engine's parser gets, and what it would answer with a stack trace."""
 
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import Action, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 
 from megatron.training.arguments import add_megatron_arguments
@@ -23,7 +23,19 @@ def parser() -> ArgumentParser:
         formatter_class=RawDescriptionHelpFormatter,
     )
     add_megatron_arguments(add_mlr1_arguments(ours))
+    for action in ours._actions:
+        # The engine writes "10%" where argparse wants "10%%", and its own --help ends in a traceback.
+        if action.help is not None and not _can_be_shown(action):
+            action.help = action.help.replace("%", "%%")
     return ours
+
+
+def _can_be_shown(action: Action) -> bool:
+    try:
+        _ = str(action.help) % vars(action)
+    except (KeyError, TypeError, ValueError):
+        return False
+    return True
 
 
 def refuse_unknown(words: Sequence[str], known: ArgumentParser) -> None:

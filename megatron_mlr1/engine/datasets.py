@@ -16,7 +16,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from megatron_mlr1.engine.groups import place
 from megatron_mlr1.errors import DataError
 
-Splits = tuple[Any, Any, Any]
+Splits = tuple[Any, ...]
 """Training, validation and test datasets; None on a process that reads none."""
 
 
@@ -73,7 +73,9 @@ class Datasets:
             raise DataError(f"The datasets cannot be built: {error}") from error
         if here.is_reporter and self._corpora:
             self.count = _counter(train, self._corpora)
-        return (train, valid, test) if reads else (None, None, None)
+        # The engine has no loader for a split of which it asks for nothing (--eval-iters 0).
+        built = zip((train, valid, test), sizes, strict=True)
+        return tuple(split if reads and size != 0 else None for split, size in built)
 
 
 def _counter(train: Any, corpora: tuple[str, ...]) -> CorpusCount | None:

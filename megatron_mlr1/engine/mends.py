@@ -9,12 +9,16 @@ from typing import Any
 import megatron.core.datasets.utils
 import megatron.training.training
 import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
+
+from megatron_mlr1.engine.writer_queue import results_queue
 
 
 def apply() -> None:
     """Mend the engine in this process; a second call changes nothing."""
     _keep_compiled_dataset_helpers()
+    _save_on_sigterm()
     if not HAVE_APEX_OR_TE:
         _make_torch_adam_resumable()
         _load_torch_adam_without_step()
@@ -31,6 +35,15 @@ def _keep_compiled_dataset_helpers() -> None:
 
 def _nothing_to_compile() -> None:
     pass
+
+
+def _save_on_sigterm() -> None:
+    """Keep the checkpoint writers' queue alive when a launcher terminates the whole session.
+
+    `torchrun` signals the process group, so the engine's queue dies while the training process
+    catches the signal and saves: BrokenPipeError, and no checkpoint.
+    """
+    filesystem_async.get_write_results_queue = results_queue
 
 
 def _make_torch_adam_resumable() -> None:

@@ -95,6 +95,7 @@ def decide(
     """
     if save is not None and has_checkpoint(save):
         _refuse_other_run(run, save)
+        _refuse_release(save)
         return Start(
             words=("--load", str(save)), reason=f"goes on from its last checkpoint in {save}"
         )
@@ -144,6 +145,15 @@ def _refuse_other_run(run: Run, save: Path) -> None:
             f"--save {save} holds checkpoints of {other.model} {other.stage}, and this run is "
             f"{run.model} {run.stage}. Give each stage a folder of its own; to start from those "
             "weights name that folder with --load."
+        )
+
+
+def _refuse_release(save: Path) -> None:
+    """Keep converted weights apart from a run's checkpoints: the engine counts steps by name."""
+    if (save / TRACKER).read_text().strip() == "release":
+        raise ConfigError(
+            f"--save {save} holds converted weights and no steps of a run. Name it with --load, "
+            "and give --save a folder of its own."
         )
 
 

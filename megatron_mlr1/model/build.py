@@ -43,7 +43,7 @@ def finish(config: TransformerConfig) -> TransformerConfig:
     return config
 
 
-def transformer_config(shape: ModelShape, *, norm_epsilon: float = 1e-5) -> TransformerConfig:
+def transformer_config(shape: ModelShape, *, norm_epsilon: float) -> TransformerConfig:
     """Give the configuration of an fp32 model on one device, for conversion and proof."""
     return finish(
         TransformerConfig(
@@ -72,6 +72,7 @@ def build(
     *,
     rotary_base: float,
     max_positions: int,
+    norm_epsilon: float = 1e-5,
     swiglu_kernel: Kernel = "mlr1",
 ) -> GPTModel:
     """Build a whole fp32 model in one process, without the engine's arguments.
@@ -81,9 +82,10 @@ def build(
         groups: process groups of one rank each.
         rotary_base: theta of the rotary embedding.
         max_positions: positions that the rotary embedding is asked for at the most.
+        norm_epsilon: what is added to the mean square in every norm, QK-norm too.
         swiglu_kernel: implementation of the activation.
     """
-    config = transformer_config(shape)
+    config = transformer_config(shape, norm_epsilon=norm_epsilon)
     return GPTModel(
         config=config,
         transformer_layer_spec=block_spec(config, swiglu_kernel=swiglu_kernel),

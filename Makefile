@@ -1,0 +1,123 @@
+# Two commands do everything: `make demo` and `make test`. Each sets the machine up first.
+#
+#   PYTHON=/path/to/python3.12   which Python `.venv` is made from (else the first that fits)
+#   MLR1_EXTENSION=require       stop where the compiled ops cannot be built (else: go on without)
+
+SHELL := /bin/bash
+.SHELLFLAGS := -o errexit -o nounset -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory --no-builtin-rules
+
+PYTHON ?=
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+EXTENSION := $(VENV)/.extension
+BUILD_LOG := build/extension.log
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+export PIP_ROOT_USER_ACTION := ignore
+export PYTHONUNBUFFERED := 1
+MLR1_EXTENSION ?= auto
+
+.PHONY: help
+help: ## what there is
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+.PHONY: demo
+demo: setup ## train, resume, export and sample a tiny model on this machine
+	@bash examples/quickstart/run.sh </dev/null
+
+.PHONY: test
+test: setup ## the tests; what this machine cannot run is skipped, with the reason
+	@pytest </dev/null
+
+.PHONY: lint
+lint: setup ## lint, format, types, import contracts
+	@ruff check .
+	@ruff format --check .
+	@mypy
+	@lint-imports
+
+.PHONY: gpu-check
+gpu-check: setup ## every test that needs a GPU, then every benchmark
+	@python -m megatron_mlr1.doctor --need-gpu
+	@pytest -m gpu </dev/null
+	@for benchmark in benchmarks/bench_*.py; do \
+	    echo "== $$benchmark"; python "$$benchmark" </dev/null || exit; done
+
+.PHONY: bench
+bench: setup ## every benchmark, on what this machine has
+	@for benchmark in benchmarks/bench_*.py; do \
+	    echo "== $$benchmark"; python "$$benchmark" </dev/null || exit; done
+
+.PHONY: setup
+setup: $(EXTENSION) ## .venv with pinned packages, and the compiled ops
+	@:
+
+.PHONY: extension
+extension: $(INSTALLED) ## the compiled ops again, and stop if they cannot be built
+	@rm -f $(EXTENSION)
+	@$(MAKE) $(EXTENSION) MLR1_EXTENSION=require
+
+.PHONY: clean
+clean: ## remove what setup made: .venv, build, caches (nothing that was trained)
+	rm -rf $(VENV) build dist megatron_mlr1.egg-info megatron_mlr1/_C*.so
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
+
+# The first Python that is 3.12 or newer and can make an environment. 3.12 comes first: it is what
+# is tested. A name on PATH may be a launcher that fails, so each is run.
+FITS := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))
+define find_python
+candidates=("$(PYTHON)"); \
+if [[ -z "$(PYTHON)" ]]; then \
+    candidates=(); \
+    for version in 3.12 3.13 3.14; do \
+        candidates+=("python$$version" "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/"$$version"*/bin/python); \
+    done; \
+    candidates+=(python3 python); \
+fi; \
+found=; \
+for candidate in "$${candidates[@]}"; do \
+    if "$$candidate" -c '$(FITS)' >/dev/null 2>&1 </dev/null; then found="$$candidate"; break; fi; \
+done; \
+if [[ -z "$$found" ]]; then \
+    echo "No Python fits (tried: $${candidates[*]})." >&2; \
+    echo "It must be 3.12 or newer, with the modules venv and ensurepip." >&2; \
+    echo "Install one (Debian, Ubuntu: apt install python3.12 python3.12-venv; macOS: brew install python@3.12;" >&2; \
+    echo "anywhere: pyenv install 3.12), or name it: make PYTHON=/path/to/python3.12 ..." >&2; \
+    exit 1; \
+fi
+endef
+
+# pip's own lines are long: what it fetches and installs is shown, all of it is in the log.
+$(INSTALLED): pyproject.toml constraints.txt setup.py
+	@if [[ ! -x $(BIN)/python ]]; then \
+	    $(find_python); \
+	    echo "Making $(VENV) with $$found ($$("$$found" --version))"; \
+	    rm -rf $(VENV); "$$found" -m venv $(VENV); \
+	fi
+	@echo "Installing packages (a few minutes the first time; log: $(VENV)/install.log)"
+	@install() { python -m pip install --constraint constraints.txt "$$@" </dev/null 2>&1 \
+	        | tee -a $(VENV)/install.log | { grep -E '^ *(Downloading|Successfully)' || true; }; }; \
+	rm -f $(VENV)/install.log; \
+	{ install setuptools && \
+	  MLR1_EXTENSION=skip install --no-build-isolation --editable '.[dev]'; } || { \
+	    echo "Installing failed; the end of $(VENV)/install.log:" >&2; \
+	    grep -v '^WARNING: Location' $(VENV)/install.log | tail -n 20 >&2; exit 1; }
+	@touch $@
+
+$(EXTENSION): setup.py constraints.txt $(shell find csrc -type f) | $(INSTALLED)
+	@rm -rf build/temp.* build/lib.*; mkdir -p build
+	@echo "Building the compiled ops (about a minute where nvcc is; log: $(BUILD_LOG))"
+	@rm -f megatron_mlr1/_C*.so
+	@if ! MLR1_EXTENSION=$(MLR1_EXTENSION) nice python setup.py build_ext --inplace \
+	        >$(BUILD_LOG) 2>&1 </dev/null; then \
+	    tail -n 30 $(BUILD_LOG) >&2; exit 1; fi
+	@grep '^megatron_mlr1:' $(BUILD_LOG) || true
+	@ls megatron_mlr1/_C*.so >/dev/null 2>&1 || \
+	    echo "No compiled ops here; why is in $(BUILD_LOG)."
+	@touch $@

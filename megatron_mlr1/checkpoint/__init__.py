@@ -1,0 +1,1 @@
+"""Weights to files and back: names, tensors, Hugging Face, Megatron."""

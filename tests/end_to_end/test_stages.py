@@ -1,0 +1,75 @@
+"""Stages follow each other, documents are masked, and bad words are refused before training."""
+
+import json
+import sys
+
+import pytest
+
+from megatron_mlr1.train import main
+from tests.end_to_end.conftest import LAST, record
+
+
+def test_the_next_stage_starts_from_the_weights_with_its_own_schedule(train, single, tmp_path):
+    save = tmp_path / "phase2"
+    words = ("--load", str(single), "--dataloader-inter-document-masking", "--train-iters", "6")
+    done = train(save, *words, stage="pretrain_phase2")
+    assert done.code == 0, done.output[-3000:]
+    assert "starts from the weights of pretrain_phase1" in done.output
+    rows = record(save)
+    assert set(rows) == set(range(1, 7))
+    assert rows[1]["consumed_samples"] == 16, "the data start anew"
+    assert rows[1]["learning_rate"] == pytest.approx(4e-3 / 4), "and so does the schedule"
+    assert rows[1]["lm loss"] < record(single)[1]["lm loss"] - 0.2, "but not the weights"
+    assert json.loads((save / "run.json").read_text())["stage"] == "pretrain_phase2"
+    # 16 sequences of 64 tokens, cut into documents, have less attention than whole ones.
+    assert rows[5]["tflops_per_gpu"] > 0
+
+
+def test_training_has_written_its_words_beside_the_checkpoints(single):
+    run = json.loads((single / "run.json").read_text())
+    assert (run["model"], run["stage"]) == ("tiny", "pretrain_phase1")
+    assert run["words"].count("--train-iters") == 1, "the user's word replaced the recipe's"
+    assert run["words"][run["words"].index("--train-iters") + 1] == str(LAST)
+    assert run["versions"]["megatron-core"].startswith("0.19.")
+    assert list((single / "tensorboard").iterdir()), "TensorBoard has its file"
+
+
+BAD = {
+    "an unknown size": (("--model", "950n", "--stage", "pretrain_phase1"), "950m"),
+    "an unknown stage": (("--model", "tiny", "--stage", "pretrain_phase3"), "pretrain_phase"),
+    "no data root": (("--model", "tiny", "--stage", "pretrain_phase1"), "--data-root is missing"),
+    "a teacher that is not there": (
+        ("--model", "tiny", "--stage", "midtrain_phase1", "--data-root", "."),
+        "teacher",
+    ),
+    "a missing corpus": (
+        ("--model", "tiny", "--stage", "pretrain_phase1", "--data-root", "nowhere"),
+        "tools/preprocess_data.py",
+    ),
+    "an unknown flag": (
+        ("--model", "tiny", "--stage", "pretrain_phase1", "--mock-data", "--micro-batch-sise=4"),
+        "micro-batch-size",
+    ),
+    "a later stage from nothing": (
+        ("--model", "tiny", "--stage", "pretrain_phase2", "--mock-data"),
+        "--from-scratch",
+    ),
+    "a folder without a checkpoint": (
+        ("--model", "tiny", "--stage", "pretrain_phase1", "--mock-data", "--load", "nowhere"),
+        "holds no checkpoint",
+    ),
+    "a flag that the engine refuses": (
+        ("--model", "tiny", "--stage", "pretrain_phase1", "--mock-data", "--seq-length", "9999"),
+        "max_position_embeddings",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_words_end_in_one_error_and_exit_code_two(case, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train"])
+    words, expected = BAD[case]
+    assert main(words) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("error: ") == 1
+    assert expected in errors

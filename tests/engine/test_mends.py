@@ -1,0 +1,84 @@
+"""The engine's faults stay mended, and are still there to be mended."""
+
+import pytest
+import torch
+
+from megatron_mlr1 import cpu
+
+cpu.activate()
+
+import megatron.core.datasets.utils  # noqa: E402
+import megatron.training.training  # noqa: E402
+
+from megatron_mlr1.engine import mends  # noqa: E402
+
+
+def adam_after_a_load(*, separate: bool) -> torch.Tensor:
+    """One parameter of two after three steps, a load as the engine does it, and three more."""
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    adam = torch.optim.AdamW(parameters, lr=0.1)
+    gradients = torch.randn(6, 3)
+
+    def steps(those: torch.Tensor) -> None:
+        for gradient in those:
+            for parameter in parameters:
+                parameter.grad = gradient.clone()
+            adam.step()
+
+    steps(gradients[:3])
+    if separate:
+        adam.register_load_state_dict_post_hook(mends.separate_steps)
+    state = adam.state_dict()
+    shared = torch.tensor(3.0)
+    for entry in state["state"].values():
+        entry["step"] = shared
+    adam.load_state_dict(state)
+    steps(gradients[3:])
+    return parameters[0].detach()
+
+
+def test_separate_steps_make_a_load_exact():
+    torch.manual_seed(0)
+    lone = torch.nn.Parameter(torch.ones(3))
+    adam = torch.optim.AdamW([lone], lr=0.1)
+    for gradient in torch.randn(6, 3):
+        lone.grad = gradient.clone()
+        adam.step()
+    assert torch.equal(adam_after_a_load(separate=True), lone.detach())
+    assert not torch.equal(adam_after_a_load(separate=False), lone.detach()), "torch mended it"
+
+
+def test_initial_state_changes_no_step():
+    results = []
+    for initialise in (False, True):
+        parameter = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        adam = torch.optim.AdamW([parameter], lr=0.1, weight_decay=0.1)
+        if initialise:
+            mends.initialise_state(adam)
+        parameter.grad = torch.tensor([0.3, 0.5])
+        adam.step()
+        results.append(parameter.detach().clone())
+    assert torch.equal(*results)
+
+
+def test_mending_twice_is_mending_once():
+    mends.apply()
+    once = megatron.training.training.get_megatron_optimizer
+    mends.apply()
+    assert megatron.training.training.get_megatron_optimizer is once
+
+
+def test_the_engine_does_not_compile_what_it_brings():
+    mends.apply()
+    assert megatron.core.datasets.utils.compile_helpers() is None
+
+
+@pytest.mark.gpu
+def test_no_torch_optimizer_is_mended_where_transformer_engine_is():
+    from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
+
+    if HAVE_APEX_OR_TE:
+        mends.apply()
+        make = megatron.training.training.get_megatron_optimizer
+        assert not hasattr(make, "makes_resumable")

@@ -1,0 +1,94 @@
+"""Throughput, the log's line, and the record of every step."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from megatron_mlr1 import cpu
+from megatron_mlr1.model.shape import ModelShape
+
+cpu.activate()
+
+from megatron_mlr1.engine.metrics import Record, Throughput, line, plot, throughput  # noqa: E402
+
+SHAPE = ModelShape(
+    num_layers=22,
+    hidden_size=1536,
+    ffn_hidden_size=6144,
+    num_attention_heads=24,
+    num_query_groups=6,
+    kv_channels=64,
+    vocab_size=128256,
+)
+SPEED = Throughput(
+    tokens_per_second=1.28e6, tokens_per_second_per_gpu=1e4, tflops_per_gpu=61.1, mfu=0.0618
+)
+
+
+def test_throughput_follows_from_tokens_seconds_and_devices():
+    # 2,048 sequences of 2,048 tokens on 128 devices in 0.8 s; 6.1129 GFLOP a token at that length.
+    speed = throughput(
+        shape=SHAPE,
+        tokens=2048 * 2048,
+        sum_squared_lengths=2048 * 2048**2,
+        seconds=0.8,
+        devices=128,
+        peak_tflops=989.0,
+    )
+    assert speed.tokens_per_second == 2048 * 2048 / 0.8
+    assert speed.tokens_per_second_per_gpu == 40960
+    assert speed.tflops_per_gpu == pytest.approx(40960 * 6.1129e-3, rel=1e-4)
+    assert speed.mfu == pytest.approx(speed.tflops_per_gpu / 989)
+
+
+def test_no_mfu_is_made_up_where_the_peak_is_not_known():
+    speed = throughput(
+        shape=SHAPE, tokens=1, sum_squared_lengths=1, seconds=1, devices=1, peak_tflops=None
+    )
+    assert speed.mfu is None
+    assert "peak unknown" in line(1, 1, speed, {})
+
+
+def test_the_line_shows_speed_and_corpora():
+    text = line(10, 1_530_000_000, SPEED, {"wiki": 1000, "code": 2_500_000})
+    for part in ("tokens seen: 1.53B", "tokens/s: 1.28M", "tokens/s/GPU: 10k", "MFU: 6.2 %"):
+        assert part in text
+    assert text.endswith("tokens by corpus: wiki 1k, code 2.5M")
+
+
+class Curves:
+    def __init__(self):
+        self.points = {}
+
+    def add_scalar(self, name, value, step):
+        self.points[name] = (value, step)
+
+
+def test_tensorboard_gets_the_same_figures():
+    curves = Curves()
+    plot(curves, 10, 99, SPEED, {"wiki": 1000})
+    assert curves.points["throughput/mfu"] == (0.0618, 10)
+    assert curves.points["tokens/seen"] == (99, 10)
+    assert curves.points["tokens/wiki"] == (1000, 10)
+    plot(curves, 11, 99, replace(SPEED, mfu=None), {})
+    assert curves.points["throughput/mfu"] == (0.0618, 10)
+    assert curves.points["throughput/tflops-per-gpu"] == (61.1, 11)
+
+
+def rows(path):
+    return [json.loads(text) for text in path.read_text().splitlines()]
+
+
+def test_the_record_goes_on_where_the_run_does(tmp_path):
+    path = tmp_path / "save" / "metrics.jsonl"
+    first = Record(path, last_iteration=0)
+    for iteration in range(1, 6):
+        first.add({"iteration": iteration, "lm loss": 0.1 * iteration})
+    with path.open("a") as file:
+        file.write('{"iteration": 6, "lm l')  # a process killed in the middle of a line
+    second = Record(path, last_iteration=3)
+    second.add({"iteration": 4, "lm loss": 7.0})
+    assert [row["iteration"] for row in rows(path)] == [1, 2, 3, 4]
+    assert rows(path)[2]["lm loss"] == 0.1 * 3
+    assert rows(path)[3]["lm loss"] == 7.0

@@ -1,0 +1,114 @@
+"""Where a run starts."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_mlr1.engine.start import RUN, TRACKER, Run, decide, without
+from megatron_mlr1.errors import CheckpointError, ConfigError
+
+
+def a_run(stage: str = "pretrain_phase2", model: str = "tiny") -> Run:
+    return Run(model=model, stage=stage, words=("--lr", "1"), versions={"torch": "2"})
+
+
+def checkpoint(folder: Path, run: Run | None) -> Path:
+    folder.mkdir()
+    (folder / TRACKER).write_text("5")
+    if run is not None:
+        run.write(folder)
+    return folder
+
+
+def start(run: Run, **given):
+    plain = {"save": None, "load": None, "from_scratch": False, "needs_load": None}
+    return decide(run=run, **(plain | given))
+
+
+def test_a_run_goes_on_from_its_own_last_checkpoint(tmp_path):
+    save = checkpoint(tmp_path / "save", a_run())
+    former = checkpoint(tmp_path / "former", a_run("pretrain_phase1"))
+    found = start(a_run(), save=save, load=former, needs_load="pretrain_phase1")
+    assert found.words == ("--load", str(save))
+
+
+def test_a_stage_starts_from_the_weights_of_the_former_alone(tmp_path):
+    former = checkpoint(tmp_path / "former", a_run("pretrain_phase1"))
+    found = start(a_run(), save=tmp_path / "new", load=former, needs_load="pretrain_phase1")
+    assert found.words == ("--pretrained-checkpoint", str(former))
+    assert "pretrain_phase1" in found.reason
+
+
+def test_a_converted_checkpoint_gives_weights_alone(tmp_path):
+    converted = checkpoint(tmp_path / "converted", None)
+    assert start(a_run(), load=converted).words == ("--pretrained-checkpoint", str(converted))
+
+
+def test_the_same_stage_is_continued_elsewhere(tmp_path):
+    other = checkpoint(tmp_path / "other", a_run())
+    assert start(a_run(), save=tmp_path / "new", load=other).words == ("--load", str(other))
+
+
+def test_load_and_save_may_be_one_empty_folder(tmp_path):
+    assert start(a_run(), save=tmp_path, load=tmp_path).words == ()
+
+
+def test_a_first_stage_starts_from_random_weights():
+    assert start(a_run("pretrain_phase1")).words == ()
+
+
+def test_a_later_stage_without_weights_is_refused():
+    with pytest.raises(ConfigError, match="starts from the weights of pretrain_phase1"):
+        start(a_run(), needs_load="pretrain_phase1")
+
+
+def test_a_later_stage_starts_from_random_weights_when_told_to():
+    assert start(a_run(), needs_load="pretrain_phase1", from_scratch=True).words == ()
+
+
+def test_a_folder_without_a_checkpoint_is_refused_and_not_passed_over(tmp_path):
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        start(a_run(), load=tmp_path)
+
+
+def test_another_stage_is_not_saved_over(tmp_path):
+    save = checkpoint(tmp_path / "save", a_run("pretrain_phase1"))
+    with pytest.raises(ConfigError, match="folder of its own"):
+        start(a_run(), save=save)
+
+
+def test_converted_weights_are_not_saved_over(tmp_path):
+    converted = checkpoint(tmp_path / "converted", None)
+    (converted / TRACKER).write_text("release")
+    with pytest.raises(ConfigError, match="converted weights"):
+        start(a_run(), save=converted, load=converted)
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    other = checkpoint(tmp_path / "other", a_run(model="140m"))
+    with pytest.raises(ConfigError, match="holds a 140m"):
+        start(a_run(), load=other)
+
+
+def test_the_record_of_a_run_comes_back_as_it_was_written(tmp_path):
+    a_run().write(tmp_path)
+    assert Run.read(tmp_path) == a_run()
+    assert Run.read(tmp_path / "nowhere") is None
+
+
+def test_a_broken_record_is_named(tmp_path):
+    (tmp_path / RUN).write_text("{")
+    with pytest.raises(CheckpointError, match=RUN):
+        Run.read(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        a_run().write(tmp_path / "file")
+
+
+def test_a_flag_with_a_value_is_taken_out_in_both_spellings():
+    words = ("--a", "1", "--load", "x", "--b", "--load=y")
+    assert without(words, "--load") == (("--a", "1", "--b"), "y")
+    assert without(words, "--c") == (words, None)
