@@ -22,22 +22,14 @@ from typing import Final
 import psutil
 
 from megatron_mlr1 import cpu
-from megatron_mlr1.model.shape import ModelShape
+from megatron_mlr1.model.shape import named_shape
 
 LIMIT: Final = 2.5
 """Peak memory as a multiple of the fp32 weights."""
 RESULT: Final = Path(__file__).parent / "results" / "conversion_memory.md"
 PACKAGES: Final = ("torch", "megatron-core", "transformers", "safetensors")
 
-MODEL_950M: Final = ModelShape(
-    num_layers=22,
-    hidden_size=1536,
-    ffn_hidden_size=6144,
-    num_attention_heads=24,
-    num_query_groups=6,
-    kv_channels=64,
-    vocab_size=128256,
-)
+MODEL_950M: Final = named_shape("950m")
 
 
 @dataclass(frozen=True, slots=True)

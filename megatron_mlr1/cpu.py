@@ -54,15 +54,9 @@ def activate(*, device_files: tuple[Path, ...] = NVIDIA_DEVICE_FILES) -> bool:
         return True
     if torch.cuda.is_available():
         return False
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    present = [str(path) for path in device_files if path.exists()]
-    if present and hidden not in ("", "-1"):
-        raise MachineError(
-            f"This machine has an NVIDIA device ({present[0]}), but torch {torch.__version__} "
-            f"cannot use it ({_driver_fault()}). Training needs a working driver and a CUDA build "
-            "of torch: mend the driver (try nvidia-smi), or set CUDA_VISIBLE_DEVICES= (empty) to "
-            "train on the CPU on purpose."
-        )
+    fault = device_fault(device_files)
+    if fault is not None:
+        raise MachineError(fault)
     # Inductor asks for the device too; read when torch._dynamo is first imported.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     _redirect_torch_cuda()
@@ -77,14 +71,26 @@ def activate(*, device_files: tuple[Path, ...] = NVIDIA_DEVICE_FILES) -> bool:
     return True
 
 
-def _driver_fault() -> str:
-    if torch.version.cuda is None:
-        return "this torch was built without CUDA"
+def device_fault(device_files: tuple[Path, ...] = NVIDIA_DEVICE_FILES) -> str | None:
+    """Say why torch finds no GPU although there is one; None where there is none, or it is hidden.
+
+    Args:
+        device_files: what the kernel shows where it has an NVIDIA device.
+    """
+    present = [path for path in device_files if path.exists()]
+    if not present or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return None
+    reason = "no device is visible"
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
-        return str(error).splitlines()[0]
-    return "no device is visible"
+        reason = str(error).splitlines()[0]
+    return (
+        f"This machine has an NVIDIA device ({present[0]}) that torch {torch.__version__} cannot "
+        f"use ({reason}). Training needs a working driver and a CUDA build of torch: mend the "
+        "driver (nvidia-smi must list the device), or set CUDA_VISIBLE_DEVICES= (empty) to train "
+        "on the CPU on purpose."
+    )
 
 
 class _CudaMeansCpu(TorchFunctionMode):

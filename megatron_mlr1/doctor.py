@@ -25,8 +25,8 @@ from typing import Final
 from megatron_mlr1.errors import MachineError
 
 DALI_DISTRIBUTIONS: Final = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
-PARAMETERS: Final = {"140m": 140_248_512, "360m": 359_431_168, "950m": 949_685_760}
-TRAINING_BYTES_PER_PARAMETER: Final = 18
+SIZES: Final = ("140m", "360m", "950m")
+BYTES_PER_PARAMETER: Final = 18
 """bf16 weights with fp32 gradients, master weights and two Adam moments, on one device: the table
 in Megatron-LM's docs of the distributed optimizer. Activations come on top."""
 
@@ -97,17 +97,16 @@ def inspect_machine() -> Machine:
         import torch
     except (ImportError, OSError) as error:
         return replace(machine, fault=f"torch cannot be imported ({error}); install it.")
-    from megatron_mlr1.cpu import NVIDIA_DEVICE_FILES
+    from megatron_mlr1.cpu import device_fault
 
     gpus = _gpus()
-    visible_devices = os.environ.get("CUDA_VISIBLE_DEVICES")
     machine = replace(
         machine,
         torch=str(torch.__version__),
         torch_cuda=torch.version.cuda,
         gpus=gpus,
         nccl=_nccl(),
-        fault=None if gpus else device_fault(NVIDIA_DEVICE_FILES, visible_devices),
+        fault=None if gpus else device_fault(),
     )
     return _with_ops(machine)
 
@@ -192,7 +191,10 @@ def _apex_fact(machine: Machine) -> str:
 def _sizes(gpus: Sequence[Gpu]) -> str:
     # Half of the smallest memory is left for activations and logits.
     room = min(gpu.memory_gib for gpu in gpus) * 2**30 / 2
-    fit = [size for size, n in PARAMETERS.items() if n * TRAINING_BYTES_PER_PARAMETER <= room]
+    from megatron_mlr1.model.shape import named_shape
+
+    needed = {size: named_shape(size).num_parameters() * BYTES_PER_PARAMETER for size in SIZES}
+    fit = [size for size in SIZES if needed[size] <= room]
     return f"tiny, {', '.join(fit)} fit a GPU whole" if fit else "tiny; the others need sharding"
 
 
@@ -207,7 +209,10 @@ def _fp8(machine: Machine) -> str:
     if lowest < (8, 9):
         return "no, the GPU must have compute capability 8.9 or more"
     if machine.transformer_engine is None:
-        return "not yet, Transformer Engine is missing: pip install 'megatron_mlr1[fp8]'"
+        return (
+            "not yet, Transformer Engine is missing: "
+            "pip install --no-build-isolation 'megatron_mlr1[fp8]'"
+        )
     recipes = ["tensorwise", "delayed"]
     recipes += ["blockwise"] if lowest[0] == 9 else []
     recipes += ["mxfp8"] if lowest[0] >= 10 else []
@@ -286,30 +291,6 @@ def _nccl() -> str | None:
     if torch.version.cuda is None or not distributed.is_nccl_available():
         return None
     return ".".join(map(str, torch.cuda.nccl.version()))
-
-
-def device_fault(device_files: Sequence[Path], visible_devices: str | None) -> str | None:
-    """Why torch finds no GPU although there is one; None where there is none, or it is hidden.
-
-    Args:
-        device_files: what the kernel shows where it has an NVIDIA device.
-        visible_devices: the value of CUDA_VISIBLE_DEVICES, if it is set.
-    """
-    import torch
-
-    present = [path for path in device_files if path.exists()]
-    if not present or visible_devices in ("", "-1"):
-        return None
-    reason = "no device is visible"
-    try:
-        torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-    return (
-        f"this machine has an NVIDIA device ({present[0]}) that torch cannot use ({reason}); "
-        "mend the driver (nvidia-smi must list it) or install a CUDA build of torch. "
-        "CUDA_VISIBLE_DEVICES= (empty) trains on the CPU on purpose."
-    )
 
 
 def _with_ops(machine: Machine) -> Machine:

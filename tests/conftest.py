@@ -8,7 +8,6 @@ import torch
 
 from megatron_mlr1.ops.extension import EXTENSION
 
-
 NUM_GPUS = pytest.StashKey[int]()
 
 
@@ -31,7 +30,7 @@ def _gpu(marker: pytest.Mark, found: int) -> str | None:
 
 def _te(marker: pytest.Mark, found: int) -> str | None:
     if importlib.util.find_spec("transformer_engine") is None:
-        return "needs Transformer Engine, found none (pip install 'megatron_mlr1[fp8]')"
+        return "needs Transformer Engine, found none (pip install --no-build-isolation '.[fp8]')"
     return None
 
 

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from megatron_mlr1 import cpu
+
 FACTS = """
 import json, sys, torch
 from megatron_mlr1 import cpu
@@ -113,6 +115,16 @@ def test_a_device_without_a_driver_is_an_error(tmp_path):
     assert "has an NVIDIA device" in done.stdout
     assert "mend the driver" in done.stdout
     assert done.stdout.endswith("False\n")
+
+
+def test_a_device_that_is_hidden_is_no_fault(tmp_path, monkeypatch):
+    device = tmp_path / "nvidia0"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert cpu.device_fault((device,)) is None
+    device.touch()
+    assert str(device) in str(cpu.device_fault((device,)))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert cpu.device_fault((device,)) is None
 
 
 @pytest.mark.gpu

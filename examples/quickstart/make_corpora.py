@@ -19,8 +19,19 @@ from pathlib import Path
 from megatron_mlr1.errors import DataError, Mlr1Error
 
 SKIPPED_FOLDERS = frozenset(
-    "__pycache__ dist-packages encodings ensurepip idlelib lib2to3 pydoc_data site-packages test tests "
-    "turtledemo".split()
+    [
+        "__pycache__",
+        "dist-packages",
+        "encodings",
+        "ensurepip",
+        "idlelib",
+        "lib2to3",
+        "pydoc_data",
+        "site-packages",
+        "test",
+        "tests",
+        "turtledemo",
+    ]
 )
 """Folders of tests, generated tables and other people's packages."""
 

@@ -24,7 +24,7 @@ def parser() -> ArgumentParser:
     )
     add_megatron_arguments(add_mlr1_arguments(ours))
     for action in ours._actions:
-        # The engine writes "10%" where argparse wants "10%%", and its own --help ends in a traceback.
+        # The engine writes "10%" where argparse wants "10%%": its own --help ends in a traceback.
         if action.help is not None and not _can_be_shown(action):
             action.help = action.help.replace("%", "%%")
     return ours

@@ -67,8 +67,8 @@ def _refuse_fp8(user: Sequence[str]) -> None:
     if transformer_engine_version() is None:
         raise ConfigError(
             f"{asked[0]} needs Transformer Engine, which does not import here. Install it "
-            "(pip install 'megatron_mlr1[fp8]'), see `python -m megatron_mlr1.doctor`, or leave "
-            "the FP8 flags out."
+            "(pip install --no-build-isolation 'megatron_mlr1[fp8]'), see `python -m "
+            "megatron_mlr1.doctor`, or leave the FP8 flags out."
         )
 
 

@@ -4,6 +4,7 @@ The engine's log is not a witness: the second line of any process averages two s
 holds the exact figures of each step instead.
 """
 
+import inspect
 import json
 import os
 from argparse import Namespace
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import megatron.training.training
+from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
 from megatron.training import get_tensorboard_writer, get_timers
 
 from megatron_mlr1.engine.datasets import Datasets
@@ -108,67 +110,73 @@ class Metrics:
         self._datasets = datasets
         self._peak_tflops = peak_tflops
         self._record: Record | None = None
-        self._steps = 0
         self._tokens = 0.0
         self._squares = 0.0
 
     def install(self) -> None:
-        """Take the place of the engine's `training_log`, and call it first."""
+        """Take the place of the engine's `training_log`, and call it in the middle."""
         engine_log = megatron.training.training.training_log
+        signature = inspect.signature(engine_log)
 
-        def log(losses: dict[str, Any], *rest: Any, **keywords: Any) -> Any:
-            learning_rate, iteration, grad_norm = rest[1], rest[2], rest[6]
-            skipped = bool(rest[5])
-            squares = keywords.get("seqlen_squared_sum_in_batch")
-            seconds = self._step(iteration, squares)
-            answer = engine_log(losses, *rest, **keywords)
+        def log(*arguments: Any, **keywords: Any) -> Any:
+            step = signature.bind(*arguments, **keywords).arguments
+            seconds = self._count(step)
+            answer = engine_log(*arguments, **keywords)
             if self._args.rank == self._args.world_size - 1:
-                row: dict[str, object] = {
-                    "iteration": iteration,
-                    "consumed_samples": self._args.consumed_train_samples,
-                    "tokens": self._args.consumed_train_samples * self._args.seq_length,
-                    **{name: value.item() for name, value in losses.items()},
-                    "learning_rate": learning_rate,
-                    "grad_norm": None if grad_norm is None else float(grad_norm),
-                    "skipped": skipped,
-                }
-                self._report(row, iteration, seconds)
+                speed = None if seconds is None else self._speed(seconds)
+                self._write(step, speed)
+            if seconds is not None:
+                self._tokens, self._squares = 0.0, 0.0
             return answer
 
         megatron.training.training.training_log = log
 
-    def _step(self, iteration: int, squares: float | None) -> float | None:
-        """Count one step; at the end of a log interval give its seconds."""
-        args = self._args
-        batch = args.global_batch_size
-        self._steps += 1
-        self._tokens += batch * args.seq_length
-        self._squares += batch * args.seq_length**2 if squares is None else squares
-        if iteration % args.log_interval != 0:
+    def _count(self, step: Mapping[str, Any]) -> float | None:
+        """Count one step; where a log interval ends, give the seconds since the last one did."""
+        length = self._args.seq_length
+        batch = get_current_running_global_batch_size()
+        squares = step.get("seqlen_squared_sum_in_batch")
+        self._tokens += batch * length
+        self._squares += batch * length**2 if squares is None else squares
+        # In a process's first step the engine logs, but lets its timer run on; so do we.
+        if step["iteration"] % self._args.log_interval != 0 or step.get("is_first_iteration"):
             return None
-        # Without evaluation and saving, during which the engine stops this timer.
+        # The engine stops this timer for evaluation and saving.
         return float(get_timers()("interval-time").elapsed(reset=False))
 
-    def _report(self, row: dict[str, object], iteration: int, seconds: float | None) -> None:
-        if seconds is not None:
-            speed = throughput(
-                shape=self._shape,
-                tokens=self._tokens,
-                sum_squared_lengths=self._squares,
-                seconds=seconds,
-                devices=self._args.world_size,
-                peak_tflops=self._peak_tflops,
-            )
+    def _speed(self, seconds: float) -> Throughput:
+        return throughput(
+            shape=self._shape,
+            tokens=self._tokens,
+            sum_squared_lengths=self._squares,
+            seconds=seconds,
+            devices=self._args.world_size,
+            peak_tflops=self._peak_tflops,
+        )
+
+    def _write(self, step: Mapping[str, Any], speed: Throughput | None) -> None:
+        """Write one step to the record, and the end of an interval to log and TensorBoard."""
+        iteration, samples = step["iteration"], self._args.consumed_train_samples
+        tokens = samples * self._args.seq_length
+        row: dict[str, object] = {
+            "iteration": iteration,
+            "consumed_samples": samples,
+            "tokens": tokens,
+            **{name: value.item() for name, value in step["loss_dict"].items()},
+            "learning_rate": step["learning_rate"],
+            "grad_norm": None if step["grad_norm"] is None else float(step["grad_norm"]),
+            "skipped": bool(step["skipped_iter"]),
+        }
+        if speed is not None:
             corpora = self._corpus_tokens()
-            print(line(iteration, int(str(row["tokens"])), speed, corpora), flush=True)
-            plot(get_tensorboard_writer(), iteration, int(str(row["tokens"])), speed, corpora)
+            print(line(iteration, tokens, speed, corpora), flush=True)
+            plot(get_tensorboard_writer(), iteration, tokens, speed, corpora)
             row |= {
                 "tokens_per_second": speed.tokens_per_second,
                 "tflops_per_gpu": speed.tflops_per_gpu,
                 "mfu": speed.mfu,
                 "corpus_tokens": corpora,
             }
-            self._steps, self._tokens, self._squares = 0, 0.0, 0.0
         if self._args.save is not None:
             if self._record is None:
                 self._record = Record(Path(self._args.save) / RECORD, last_iteration=iteration - 1)

@@ -17,6 +17,7 @@ from megatron.training.argument_utils import (
     pretrain_cfg_container_from_args,
 )
 from megatron.training.arguments import parse_and_validate_args
+from megatron.training.models.gpt import GPTModelConfig
 
 import megatron_mlr1
 from megatron_mlr1.data.mixture import ResolvedCorpus, data_path_words
@@ -46,8 +47,8 @@ def run(plan: Plan, corpora: Sequence[ResolvedCorpus], *, rank: int) -> None:
     mends.apply()
     machine.environment()
     words = words_of(plan, corpora, announce=rank == 0)
-    args = _parse(words)
-    _train(args, plan.options, [corpus.name for corpus in corpora])
+    args, model = _configure(words)
+    _train(args, model, plan.options, [corpus.name for corpus in corpora])
 
 
 def words_of(plan: Plan, corpora: Sequence[ResolvedCorpus], *, announce: bool) -> tuple[str, ...]:
@@ -70,6 +71,7 @@ def words_of(plan: Plan, corpora: Sequence[ResolvedCorpus], *, announce: bool) -
         from_scratch=plan.options.from_scratch,
         needs_load=plan.starts_from,
     )
+    _refuse_no_tokenizer(words, plan.options.data_root)
     if announce:
         print(f"{this_run.model} {this_run.stage} {begin.reason}", flush=True)
         if save is not None:
@@ -88,6 +90,18 @@ def _defaults(plan: Plan, save: str | None) -> tuple[str, ...]:
     return tuple(chosen)
 
 
+def _refuse_no_tokenizer(words: Sequence[str], data_root: Path | None) -> None:
+    """Say where the tokenizer may lie, which the engine does not."""
+    kind = start.without(words, "--tokenizer-type")[1]
+    if kind == "HuggingFaceTokenizer" and start.without(words, "--tokenizer-model")[1] is None:
+        place = "DATA_ROOT/tokenizer" if data_root is None else str(data_root / "tokenizer")
+        raise ConfigError(
+            f"There is no tokenizer: {place} is not a folder and --tokenizer-model is missing. Put "
+            "the Hugging Face folder of the tokenizer that made the corpora there, or give "
+            "--tokenizer-model DIR."
+        )
+
+
 def _versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
@@ -97,22 +111,25 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _parse(words: Sequence[str]) -> Namespace:
+def _configure(words: Sequence[str]) -> tuple[Namespace, GPTModelConfig]:
     """Have the engine parse and judge the words, and turn its refusals into ours."""
     sys.argv = [sys.argv[0], *words]
     try:
-        args: Namespace = parse_and_validate_args(extra_args_provider=add_mlr1_arguments)
-    except AssertionError as error:
+        args = parse_and_validate_args(extra_args_provider=add_mlr1_arguments)
+        model = gpt_config_from_args(args)
+    except (AssertionError, ValueError) as error:
+        reason = str(error).rstrip(". ") or "an assertion without a message"
         raise ConfigError(
-            f"Megatron-Core refuses these flags: {error or 'an assertion without a message'}. "
-            "Change the flag that it names; `--help` lists them all."
+            f"Megatron-Core refuses these flags: {reason}. Change the flag that it names; `--help` "
+            "lists them all."
         ) from error
-    return args
-
-
-def _train(args: Namespace, options: Mlr1Options, corpora: Sequence[str]) -> None:
-    model = gpt_config_from_args(args)
     finish(model.transformer)
+    return args, model
+
+
+def _train(
+    args: Namespace, model: GPTModelConfig, options: Mlr1Options, corpora: Sequence[str]
+) -> None:
     model.transformer_layer_spec = partial(_layers, swiglu_kernel=options.kernels["swiglu"])
     datasets = Datasets(args, corpora)
     peak = machine.peak_tflops(options.peak_tflops)

@@ -5,6 +5,8 @@ No torch: recipes, converters and metrics ask these questions before any model e
 
 from dataclasses import dataclass
 
+from megatron_mlr1.recipes.sheet import packaged
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelShape:
@@ -74,3 +76,26 @@ class ModelShape:
         """
         forward = tokens * self.matmul_flops_per_token() + self.attention_flops(sum_squared_lengths)
         return 3 * forward
+
+
+def named_shape(model: str) -> ModelShape:
+    """Give the sizes of a model that has a recipe: 140m, 360m or 950m.
+
+    Raises:
+        ConfigError: there is no recipe of that name.
+        KeyError: the recipe leaves a size open, as `tiny` leaves the vocabulary to its tokenizer.
+    """
+    flags = {flag.name: flag.values for flag in packaged("models", model).flags}
+
+    def size(name: str) -> int:
+        return int(flags[name][0])
+
+    return ModelShape(
+        num_layers=size("num-layers"),
+        hidden_size=size("hidden-size"),
+        ffn_hidden_size=size("ffn-hidden-size"),
+        num_attention_heads=size("num-attention-heads"),
+        num_query_groups=size("num-query-groups"),
+        kv_channels=size("kv-channels"),
+        vocab_size=size("padded-vocab-size"),
+    )

@@ -5,8 +5,13 @@ import sys
 
 import pytest
 
+from megatron_mlr1 import cpu
 from megatron_mlr1.train import main
 from tests.end_to_end.conftest import LAST, record
+
+cpu.activate()
+
+from megatron.training.global_vars import destroy_global_vars  # noqa: E402
 
 
 def test_the_next_stage_starts_from_the_weights_with_its_own_schedule(train, single, tmp_path):
@@ -34,6 +39,8 @@ def test_training_has_written_its_words_beside_the_checkpoints(single):
     assert list((single / "tensorboard").iterdir()), "TensorBoard has its file"
 
 
+MOCK = ("--model", "tiny", "--stage", "pretrain_phase1", "--mock-data", "--tokenizer-type")
+MOCK += ("NullTokenizer", "--vocab-size", "255")
 BAD = {
     "an unknown size": (("--model", "950n", "--stage", "pretrain_phase1"), "950m"),
     "an unknown stage": (("--model", "tiny", "--stage", "pretrain_phase3"), "pretrain_phase"),
@@ -58,10 +65,12 @@ BAD = {
         ("--model", "tiny", "--stage", "pretrain_phase1", "--mock-data", "--load", "nowhere"),
         "holds no checkpoint",
     ),
-    "a flag that the engine refuses": (
-        ("--model", "tiny", "--stage", "pretrain_phase1", "--mock-data", "--seq-length", "9999"),
-        "max_position_embeddings",
+    "no tokenizer": (
+        ("--model", "tiny", "--stage", "pretrain_phase1", "--mock-data"),
+        "There is no tokenizer",
     ),
+    "a flag that the engine refuses": ((*MOCK, "--seq-length", "9999"), "max_position_embeddings"),
+    "heads that do not split": ((*MOCK, "--num-query-groups", "3"), "refuses these flags: num_"),
 }
 
 
@@ -70,6 +79,7 @@ def test_bad_words_end_in_one_error_and_exit_code_two(case, capsys, monkeypatch)
     monkeypatch.setattr(sys, "argv", ["train"])
     words, expected = BAD[case]
     assert main(words) == 2
+    destroy_global_vars()
     errors = capsys.readouterr().err
     assert errors.count("error: ") == 1
     assert expected in errors

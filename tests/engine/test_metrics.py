@@ -6,21 +6,12 @@ from dataclasses import replace
 import pytest
 
 from megatron_mlr1 import cpu
-from megatron_mlr1.model.shape import ModelShape
+from megatron_mlr1.model.shape import named_shape
 
 cpu.activate()
 
 from megatron_mlr1.engine.metrics import Record, Throughput, line, plot, throughput  # noqa: E402
 
-SHAPE = ModelShape(
-    num_layers=22,
-    hidden_size=1536,
-    ffn_hidden_size=6144,
-    num_attention_heads=24,
-    num_query_groups=6,
-    kv_channels=64,
-    vocab_size=128256,
-)
 SPEED = Throughput(
     tokens_per_second=1.28e6, tokens_per_second_per_gpu=1e4, tflops_per_gpu=61.1, mfu=0.0618
 )
@@ -29,7 +20,7 @@ SPEED = Throughput(
 def test_throughput_follows_from_tokens_seconds_and_devices():
     # 2,048 sequences of 2,048 tokens on 128 devices in 0.8 s; 6.1129 GFLOP a token at that length.
     speed = throughput(
-        shape=SHAPE,
+        shape=named_shape("950m"),
         tokens=2048 * 2048,
         sum_squared_lengths=2048 * 2048**2,
         seconds=0.8,
@@ -44,7 +35,12 @@ def test_throughput_follows_from_tokens_seconds_and_devices():
 
 def test_no_mfu_is_made_up_where_the_peak_is_not_known():
     speed = throughput(
-        shape=SHAPE, tokens=1, sum_squared_lengths=1, seconds=1, devices=1, peak_tflops=None
+        shape=named_shape("950m"),
+        tokens=1,
+        sum_squared_lengths=1,
+        seconds=1,
+        devices=1,
+        peak_tflops=None,
     )
     assert speed.mfu is None
     assert "peak unknown" in line(1, 1, speed, {})

@@ -2,44 +2,14 @@
 
 import pytest
 
-from megatron_mlr1.model.shape import ModelShape
-
-SIZES = {
-    "140m": ModelShape(
-        num_layers=15,
-        hidden_size=576,
-        ffn_hidden_size=2048,
-        num_attention_heads=9,
-        num_query_groups=3,
-        kv_channels=64,
-        vocab_size=128256,
-    ),
-    "360m": ModelShape(
-        num_layers=15,
-        hidden_size=1024,
-        ffn_hidden_size=4096,
-        num_attention_heads=16,
-        num_query_groups=4,
-        kv_channels=64,
-        vocab_size=128256,
-    ),
-    "950m": ModelShape(
-        num_layers=22,
-        hidden_size=1536,
-        ffn_hidden_size=6144,
-        num_attention_heads=24,
-        num_query_groups=6,
-        kv_channels=64,
-        vocab_size=128256,
-    ),
-}
+from megatron_mlr1.model.shape import named_shape
 
 
 @pytest.mark.parametrize(
     ("size", "count"), [("140m", 140_248_512), ("360m", 359_431_168), ("950m", 949_685_760)]
 )
 def test_parameters_are_those_of_the_published_models(size, count):
-    assert SIZES[size].num_parameters() == count
+    assert named_shape(size).num_parameters() == count
 
 
 @pytest.mark.parametrize(
@@ -56,12 +26,12 @@ def test_parameters_are_those_of_the_published_models(size, count):
     ],
 )
 def test_training_flops_per_token_count_causal_attention_and_the_head(size, length, gflops):
-    flops = SIZES[size].training_flops(tokens=length, sum_squared_lengths=length**2) / length
+    flops = named_shape(size).training_flops(tokens=length, sum_squared_lengths=length**2) / length
     assert flops / 1e9 == pytest.approx(gflops, abs=5e-5)
 
 
 def test_masked_documents_cost_less_attention():
-    shape = SIZES["950m"]
+    shape = named_shape("950m")
     whole = shape.attention_flops(4096**2)
     halves = shape.attention_flops(2 * 2048**2)
     assert halves == whole / 2
