@@ -36,6 +36,12 @@ def finish(config: TransformerConfig) -> TransformerConfig:
                 f"{name} is {getattr(config, name)!r}; a MobileLLM-R1 has {value!r}. Take out the "
                 "flag that changes it, or name the model with --model, which sets it."
             )
+    if config.num_attention_heads % config.num_query_groups:
+        raise ConfigError(
+            f"{config.num_attention_heads} attention heads do not split over "
+            f"{config.num_query_groups} query groups; each group must serve as many heads. Change "
+            "--num-query-groups or --num-attention-heads."
+        )
     config.output_layer_init_method = config.init_method
     # Our SwiGLU takes the place that the engine keeps for Transformer Engine's activation.
     config.use_te_activation_func = True

@@ -70,7 +70,10 @@ BAD = {
         "There is no tokenizer",
     ),
     "a flag that the engine refuses": ((*MOCK, "--seq-length", "9999"), "max_position_embeddings"),
-    "heads that do not split": ((*MOCK, "--num-query-groups", "3"), "refuses these flags: num_"),
+    "heads that do not split": (
+        (*MOCK, "--num-query-groups", "3"),
+        "4 attention heads do not split",
+    ),
 }
 
 
