@@ -12,6 +12,7 @@ from megatron_mlr1.options import KERNELS, Mlr1Options, add_mlr1_arguments, choo
 def test_flags_become_frozen_options() -> None:
     words = (
         "--model 950m --stage pretrain_phase1 --recipe own.yaml --without bf16,--seed "
+        "--from-scratch "
         "--mixture pretrain_phase2 --data-root corpora --mlr1-kernels swiglu=reference "
         "--peak-tflops 989"
     )
@@ -21,6 +22,7 @@ def test_flags_become_frozen_options() -> None:
         stage="pretrain_phase1",
         recipe=Path("own.yaml"),
         without=("bf16", "seed"),
+        from_scratch=True,
         mixture="pretrain_phase2",
         data_root=Path("corpora"),
         kernels={"swiglu": "reference"},
@@ -32,6 +34,7 @@ def test_an_empty_command_line_takes_the_first_kernel_of_each_op_and_nothing_els
     options, rest = split_words([])
     assert dict(options.kernels) == {op: names[0] for op, names in KERNELS.items()}
     assert options.without == rest == ()
+    assert not options.from_scratch
     assert options.peak_tflops is None
 
 

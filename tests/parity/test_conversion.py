@@ -77,7 +77,7 @@ def load_and_save(folder: Path) -> None:
 
 
 def _build(tensor_size: int, pipeline_size: int) -> GPTModel:
-    model_config = transformer_config(SHAPE)
+    model_config = transformer_config(SHAPE, norm_epsilon=1e-5)
     model_config.tensor_model_parallel_size = tensor_size
     model_config.pipeline_model_parallel_size = pipeline_size
     model_config.pipeline_dtype = torch.float32
