@@ -13,6 +13,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 
+from megatron_mlr1.data.splits import refuse_empty_parts
 from megatron_mlr1.engine.groups import place
 from megatron_mlr1.errors import DataError
 
@@ -65,15 +66,21 @@ class Datasets:
         here = place(vp_stage)
         kind = MockGPTDataset if self._args.mock_data else GPTDataset
         reads = here.reads_data(packed=self._args.dataloader_inter_document_masking)
+        config = dataset_config(self._args)
+        if config.blend is not None:
+            parts = zip(config.split_matrix, sizes, strict=True)
+            # Nothing is built of a split of which nothing is asked (--eval-iters 0).
+            config.split_matrix = [part if size != 0 else None for part, size in parts]
+            refuse_empty_parts(config.blend[0], config.split_matrix)
         try:
             train, valid, test = BlendedMegatronDatasetBuilder(
-                kind, list(sizes), lambda: reads or here.is_reporter, dataset_config(self._args)
+                kind, list(sizes), lambda: reads or here.is_reporter, config
             ).build()
         except (FileNotFoundError, IndexError) as error:
             raise DataError(f"The datasets cannot be built: {error}") from error
         if here.is_reporter and self._corpora:
             self.count = _counter(train, self._corpora)
-        # The engine has no loader for a split of which it asks for nothing (--eval-iters 0).
+        # The engine has no loader for a split without samples, as mock data have.
         built = zip((train, valid, test), sizes, strict=True)
         return tuple(split if reads and size != 0 else None for split, size in built)
 
