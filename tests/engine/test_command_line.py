@@ -33,6 +33,7 @@ def test_help_shows_our_group_before_the_engines(known):
 
 def test_the_machines_flags_are_the_engines(known):
     refuse_unknown(machine.words(()), known)
+    refuse_unknown(machine.WITHOUT_TRANSFORMER_ENGINE, known)
 
 
 def test_fp8_without_a_device_for_it_is_refused():

@@ -45,6 +45,7 @@ def measure(published: dict[str, Any]) -> dict[str, Any]:
     tiny = published | TINY
     theirs, ours, _ = pair(tiny)
     answer["lengths"] = {n: compare(theirs, ours, lengths=[n] * 3) for n in (1, 7, 64)}
+    answer["mixed"] = mixed_lengths(theirs, ours, [5, 64, 17, 1])
     answer["far"] = far_positions(theirs, ours)
     answer["documents"] = documents(ours, [5, 1, 40, 18])
     return answer
@@ -171,6 +172,19 @@ def compare(theirs: Any, ours: Any, *, lengths: list[int]) -> dict[str, float]:
     return errors
 
 
+def mixed_lengths(theirs: Any, ours: Any, lengths: list[int]) -> float:
+    """Logits of sequences of several lengths in one batch, padded on the right."""
+    import torch
+
+    longest = max(lengths)
+    ids = torch.randint(0, TINY["vocab_size"], (len(lengths), longest))
+    mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    with torch.no_grad():
+        expected = theirs(ids, attention_mask=mask.long()).logits
+        got = ours(ids, torch.arange(longest).expand_as(ids), None)
+    return relative(got[mask], expected[mask])
+
+
 def far_positions(theirs: Any, ours: Any) -> float:
     """Logits of the last of 64 tokens that stand at the end of 32,768 positions."""
     import torch
@@ -238,6 +252,10 @@ def test_every_gradient_of_the_published_140m_agrees(measured):
 @pytest.mark.parametrize("length", [1, 7, 64])
 def test_sequences_of_any_length_agree(measured, length):
     assert max(measured["lengths"][length].values()) < LIMIT
+
+
+def test_sequences_of_several_lengths_agree_in_one_batch(measured):
+    assert measured["mixed"] < LIMIT
 
 
 def test_rotary_positions_agree_up_to_32k(measured):
