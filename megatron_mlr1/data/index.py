@@ -87,14 +87,14 @@ class IndexWriter:
         self._bin_partial = Path(f"{self._bin}.partial")
         self._idx_partial = Path(f"{self._idx}.partial")
         if not overwrite:
-            _refuse_existing(self._bin, self._idx, self._bin_partial, self._idx_partial)
+            refuse_existing(self._bin, self._idx, self._bin_partial, self._idx_partial)
         self._lengths: list[NDArray[np.int32]] = []
         self._document_ends = [np.zeros(1, np.int64)]
         self.num_tokens = 0
         self.num_sequences = 0
         self.num_documents = 0
         self._unfinished: list[Path] = []
-        with _names_the_file(self._bin_partial):
+        with names_the_file(self._bin_partial):
             # "x": of two runs that write the same corpus at once, one must not go on.
             self._file: BinaryIO = self._bin_partial.open("wb" if overwrite else "xb")
         self._unfinished.append(self._bin_partial)
@@ -114,7 +114,7 @@ class IndexWriter:
             )
         assert block.lengths.sum() == block.tokens.size, "lengths must sum to the tokens"
         assert block.sequences.sum() == block.lengths.size, "documents must hold all sequences"
-        with _names_the_file(self._bin_partial):
+        with names_the_file(self._bin_partial):
             self._file.write(block.tokens.astype(self._dtype, copy=False).tobytes())
         self._lengths.append(block.lengths.astype(np.int32))
         self._document_ends.append(self.num_sequences + np.cumsum(block.sequences))
@@ -128,10 +128,10 @@ class IndexWriter:
         Raises:
             MachineError: the disk is full or failed.
         """
-        with _names_the_file(self._bin_partial):
-            _flush_to_disk(self._file)
+        with names_the_file(self._bin_partial):
+            flush_to_disk(self._file)
             self._file.close()
-        with _names_the_file(self._idx_partial), self._idx_partial.open("wb") as file:
+        with names_the_file(self._idx_partial), self._idx_partial.open("wb") as file:
             self._unfinished.append(self._idx_partial)
             counts = self.num_sequences, self.num_documents + 1
             file.write(HEADER.pack(MAGIC, VERSION, self._code, *counts))
@@ -145,7 +145,7 @@ class IndexWriter:
                 begin = int(ends[-1]) if ends.size else begin
             for document_ends in self._document_ends:
                 file.write(document_ends.astype("<i8").tobytes())
-            _flush_to_disk(file)
+            flush_to_disk(file)
 
     def publish(self) -> None:
         """Give both files their names, the index last: a corpus with an index is whole.
@@ -153,14 +153,14 @@ class IndexWriter:
         Raises:
             MachineError: the rename failed.
         """
-        with _names_the_file(self._bin):
+        with names_the_file(self._bin):
             # An old index must not describe the new tokens, not even for a moment.
             self._idx.unlink(missing_ok=True)
             self._bin_partial.replace(self._bin)
             self._unfinished.append(self._bin)
             self._idx_partial.replace(self._idx)
             self._unfinished.clear()
-            _flush_folder_to_disk(self._idx.parent)
+            flush_folder_to_disk(self._idx.parent)
 
     def discard(self) -> None:
         """Close and remove whatever is not finished; does nothing after `publish`."""
@@ -206,11 +206,11 @@ def open_corpus(prefix: str) -> Corpus:
         DataError: a file is missing, is no index, is cut short, or does not fit the other.
     """
     path = idx_path(prefix)
-    with _names_the_file(path, DataError):
+    with names_the_file(path, DataError):
         size = path.stat().st_size
         with path.open("rb") as file:
             header = file.read(HEADER.size)
-    dtype, num_sequences, num_ends = _read_header(path, header)
+    dtype, num_sequences, num_ends = read_header(path, header)
     must_be = HEADER.size + 12 * num_sequences + 8 * num_ends
     if size != must_be:
         raise _broken(path, f"has {size} bytes where its header makes {must_be}")
@@ -224,14 +224,19 @@ def open_corpus(prefix: str) -> Corpus:
         raise _broken(path, f"ends its documents at {ends[-1]} of {num_sequences} sequences")
     num_bytes = int(begins[-1]) + int(lengths[-1]) * dtype.itemsize
     path = bin_path(prefix)
-    with _names_the_file(path, DataError):
+    with names_the_file(path, DataError):
         size = path.stat().st_size
     if size != num_bytes:
         raise _broken(path, f"has {size} bytes where its index makes {num_bytes}")
     return Corpus(prefix, np.memmap(path, dtype, mode="r"), lengths, begins, ends)
 
 
-def _read_header(path: Path, header: bytes) -> tuple[np.dtype[Any], int, int]:
+def read_header(path: Path, header: bytes) -> tuple[np.dtype[Any], int, int]:
+    """Read the header of an index: type of a token, S, and D + 1.
+
+    Raises:
+        DataError: it is none of ours.
+    """
     if len(header) < HEADER.size:
         raise _broken(path, f"has {len(header)} bytes where the header alone has {HEADER.size}")
     magic, version, code, num_sequences, num_ends = HEADER.unpack(header)
@@ -248,7 +253,12 @@ def _broken(path: Path, what: str) -> DataError:
     return DataError(f"{path} {what}. Make the corpus again with tools/preprocess_data.py.")
 
 
-def _refuse_existing(*paths: Path) -> None:
+def refuse_existing(*paths: Path) -> None:
+    """Refuse to write where something is.
+
+    Raises:
+        ConfigError: one of the paths exists.
+    """
     for path in paths:
         if path.exists():
             raise ConfigError(
@@ -257,12 +267,14 @@ def _refuse_existing(*paths: Path) -> None:
             )
 
 
-def _flush_to_disk(file: BinaryIO) -> None:
+def flush_to_disk(file: BinaryIO) -> None:
+    """Force what was written to a file to the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
-def _flush_folder_to_disk(folder: Path) -> None:
+def flush_folder_to_disk(folder: Path) -> None:
+    """Force the names in a folder to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -271,9 +283,14 @@ def _flush_folder_to_disk(folder: Path) -> None:
 
 
 @contextmanager
-def _names_the_file(
+def names_the_file(
     path: Path, kind: type[DataError] | type[MachineError] = MachineError
 ) -> Iterator[None]:
+    """Turn an error of the operating system into ours, with the file's name.
+
+    Raises:
+        DataError, MachineError: by `kind`.
+    """
     try:
         yield
     except OSError as error:
