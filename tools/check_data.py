@@ -26,7 +26,11 @@ def main() -> None:
     parser.add_argument(
         "--vocab-size", type=int, help="read the tokens too: each must be smaller than this"
     )
-    parser.add_argument("--checksum", action="store_true", help="print the SHA-256 of each file")
+    parser.add_argument(
+        "--checksum",
+        action="store_true",
+        help="print the SHA-256 of each file, and hold it against the record of the corpus",
+    )
     args = parser.parse_args()
     try:
         for prefix in find_corpora(args.input):

@@ -1,53 +1,145 @@
 #!/usr/bin/env python
-"""Make corpora (.bin/.idx) of JSON lines; takes the flags of Megatron-LM's tool of this name."""
+"""Make corpora (.bin/.idx) of records; takes the flags of Megatron-LM's tool of this name.
+
+A run that was stopped or killed goes on when the same command is given again, and ends with the
+same bytes. Nothing has its final name before all of it is whole.
+"""
 
 import argparse
+import os
+import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from tqdm import tqdm
 
-from megatron_mlr1.data.preprocess import PreprocessPlan, preprocess
-from megatron_mlr1.data.records import find_files
-from megatron_mlr1.data.tokenizers import LOADERS, TokenizerPlan, load_tokenizer
+from megatron_mlr1.data.encode import EncodePlan
+from megatron_mlr1.data.jobs import CorpusSummary, Job, PreprocessPlan, finished, prepare
+from megatron_mlr1.data.journal import Stop, StoppedError
+from megatron_mlr1.data.manifest import ManifestRun, read_manifest
+from megatron_mlr1.data.preprocess import Progress, preprocess
+from megatron_mlr1.data.tokenizers import LOADERS, TIKTOKEN_PATTERNS, TokenizerPlan
 from megatron_mlr1.errors import Mlr1Error
 
 NOT_HERE = {
     "--split-sentences": "documents are not split; give a list of sentences as the text instead",
     "--keep-newlines": "documents are not split",
     "--lang": "documents are not split",
-    "--partitions": "--workers alone shares the work, in the order of the input",
-    "--keep-sequential-samples": "the order of the input is always kept",
-    "--find-optimal-num-workers": "choose --workers by the number of cores",
-    "--workers-to-check": "choose --workers by the number of cores",
-    "--max-documents": "choose --workers by the number of cores",
+    "--partitions": "--shard shares the work among machines",
+    "--keep-sequential-samples": "the order of the input is kept unless --shuffle-documents is set",
+    "--find-optimal-num-workers": "--workers is the number of cores unless you say otherwise",
+    "--workers-to-check": "--workers is the number of cores unless you say otherwise",
+    "--max-documents": "--workers is the number of cores unless you say otherwise",
 }
+TIKTOKEN = ("tiktoken_pattern", "tiktoken_num_special_tokens", "special_tokens")
+LOG_S = 10.0
+"""Seconds between two lines of the log, at least."""
 
 
 def read_words(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; exits with code 2 where it is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument(
-        "--input", required=True, help="file of JSON lines (.gz too), or a pattern of such files"
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--output-prefix", required=True, help="writes PREFIX_KEY_document.bin and .idx"
+    _add_what(parser)
+    _add_how(parser)
+    _add_tokenizer(parser)
+    given = sys.argv[1:] if words is None else words
+    for flag, reason in NOT_HERE.items():
+        if any(word.split("=")[0] == flag for word in given):
+            parser.error(f"{flag} of Megatron-LM's tool is not known here: {reason}")
+    args = parser.parse_args(words)
+    for name, unit in (("log_interval", "documents"), ("workers", "cores")):
+        if getattr(args, name) < 1:
+            flag = f"--{name.replace('_', '-')}"
+            parser.error(f"{flag} is {getattr(args, name)}; it counts {unit}, so at least 1")
+    _refuse_half_commands(parser, args)
+    return args
+
+
+def _add_what(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what to make")
+    group.add_argument(
+        "--input",
+        nargs="+",
+        metavar="PATH",
+        help="JSON lines (.jsonl, also .gz or .zst), Parquet or Arrow files, folders of them, "
+        "patterns, or hf://ORG/NAME",
     )
-    parser.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY")
-    parser.add_argument("--append-eod", action="store_true", help="end each document with EOD")
-    parser.add_argument("--workers", type=int, required=True, help="processes that tokenize")
-    parser.add_argument(
-        "--log-interval", type=int, default=1000, help="documents between lines of the log"
+    group.add_argument("--output-prefix", help="writes PREFIX_KEY_document.bin and .idx")
+    group.add_argument(
+        "--json-keys", nargs="+", metavar="KEY", help="one corpus of each (default: text)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a corpus that is there")
+    group.add_argument(
+        "--manifest", type=Path, metavar="FILE.yaml", help="a list of corpora, one after another"
+    )
+    group.add_argument(
+        "--output-root",
+        type=Path,
+        metavar="DIR",
+        help="with --manifest: writes DIR/NAME_text_document.bin and .idx (default: here)",
+    )
+    group.add_argument(
+        "--only", metavar="NAME[,NAME]", help="with --manifest: leave out all other corpora"
+    )
+
+
+def _add_how(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("how")
+    group.add_argument("--append-eod", action="store_true", help="end each document with EOD")
+    group.add_argument(
+        "--on-error",
+        choices=("stop", "skip"),
+        help="at a record that is no document: stop (default), or count it and keep it with its "
+        "reason in PREFIX.rejected.jsonl",
+    )
+    group.add_argument(
+        "--shuffle-documents",
+        type=int,
+        metavar="SEED",
+        help="put the documents in a random order at the end, in constant memory (a manifest does "
+        "so unless it says `shuffle: false`)",
+    )
+    group.add_argument(
+        "--shard",
+        type=_shard,
+        metavar="I/N",
+        help="make only the I-th of N parts (from 0), PREFIX-0000I-of-0000N; tools/merge_data.py "
+        "joins them",
+    )
+    group.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="cores that tokenize (default: all that this process may use)",
+    )
+    group.add_argument("--overwrite", action="store_true", help="replace a corpus that is there")
+    group.add_argument(
+        "--journal-mb",
+        type=float,
+        default=256,
+        metavar="MB",
+        help="output between two points from which a killed run goes on (default: 256; at the "
+        "latest every minute)",
+    )
+    group.add_argument(
+        "--log-interval",
+        type=int,
+        default=1000,
+        help=f"documents between lines of the log, which come at most every {LOG_S:.0f} s",
+    )
+
+
+def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("tokenizer")
-    group.add_argument("--tokenizer-type", required=True, choices=list(LOADERS))
-    group.add_argument("--tokenizer-model", help="folder, hub name, or SentencePiece .model file")
+    group.add_argument("--tokenizer-type", choices=list(LOADERS))
+    group.add_argument("--tokenizer-model", help="folder, hub name, or model file")
     group.add_argument(
         "--vocab-size", type=int, help="ids must be smaller (default: the tokenizer's)"
     )
@@ -57,77 +149,202 @@ def read_words(words: Sequence[str] | None = None) -> argparse.Namespace:
         help="leave out what the tokenizer's template adds, such as a beginning-of-text token",
     )
     group.add_argument("--trust-remote-code", action="store_true")
-    given = sys.argv[1:] if words is None else words
-    for flag, reason in NOT_HERE.items():
-        if any(word.split("=")[0] == flag for word in given):
-            parser.error(f"{flag} of Megatron-LM's tool is not known here: {reason}")
-    args = parser.parse_args(words)
-    if args.log_interval < 1:
-        parser.error(f"--log-interval is {args.log_interval}; it counts documents, so at least 1")
-    return args
+    group.add_argument("--tiktoken-pattern", choices=list(TIKTOKEN_PATTERNS))
+    group.add_argument("--tiktoken-num-special-tokens", type=int, metavar="N")
+    group.add_argument(
+        "--tokenizer-special-tokens",
+        dest="special_tokens",
+        nargs="+",
+        metavar="TEXT",
+        help="of tiktoken",
+    )
+
+
+def _refuse_half_commands(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    here = ("input", "output_prefix", "tokenizer_type")
+    of_a_corpus = (
+        *(*here, "json_keys", "append_eod", "on_error", "shuffle_documents", "tokenizer_model"),
+        *("vocab_size", "tokenizer_hf_no_include_special_tokens", "trust_remote_code"),
+        *TIKTOKEN,
+    )
+    single = args.manifest is None
+    missing = [name for name in here if single and getattr(args, name) is None]
+    barred = ("output_root", "only") if single else of_a_corpus
+    wrong = [name for name in barred if not _is_unset(getattr(args, name))]
+    if missing:
+        parser.error(f"{', '.join(map(_flag, missing))} is required without --manifest")
+    if wrong:
+        because = "without --manifest" if single else "with --manifest, which says it"
+        parser.error(f"{', '.join(map(_flag, wrong))} makes no sense {because}")
+
+
+def _is_unset(value: object) -> bool:
+    return value is None or value is False
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _shard(word: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", word)
+    if not found or not int(found[1]) < int(found[2]) <= 99999:
+        raise argparse.ArgumentTypeError(f"{word} is no shard; say I/N with I from 0 to N - 1")
+    return int(found[1]), int(found[2])
+
+
+def plans_of(args: argparse.Namespace) -> Mapping[str, PreprocessPlan]:
+    """Make the plan of each corpus that the command line names, by its name."""
+    journal_bytes = int(args.journal_mb * 2**20)
+    if args.manifest is not None:
+        run = ManifestRun(
+            path=args.manifest,
+            output_root=args.output_root or Path(),
+            workers=args.workers,
+            only=tuple(args.only.split(",")) if args.only else (),
+            shard=args.shard,
+            overwrite=args.overwrite,
+            journal_bytes=journal_bytes,
+        )
+        return read_manifest(run)
+    given = {name: getattr(args, name) for name in TIKTOKEN if getattr(args, name) is not None}
+    if "special_tokens" in given:
+        given["special_tokens"] = tuple(given["special_tokens"])
+    tokenizer = TokenizerPlan(
+        tokenizer_type=args.tokenizer_type,
+        tokenizer_model=args.tokenizer_model,
+        vocab_size=args.vocab_size,
+        include_special_tokens=not args.tokenizer_hf_no_include_special_tokens,
+        trust_remote_code=args.trust_remote_code,
+        **given,
+    )
+    plan = PreprocessPlan(
+        inputs=tuple(args.input),
+        output_prefix=args.output_prefix,
+        encode=EncodePlan(
+            tokenizer=tokenizer,
+            json_keys=tuple(args.json_keys or ["text"]),
+            append_eod=args.append_eod,
+            vocab_size=args.vocab_size,
+            workers=args.workers,
+            skip_bad=args.on_error == "skip",
+        ),
+        shard=args.shard,
+        shuffle_seed=args.shuffle_documents,
+        overwrite=args.overwrite,
+        journal_bytes=journal_bytes,
+    )
+    return {args.output_prefix: plan}
+
+
+class Report:
+    """Says how far all jobs are: a bar on a terminal, elsewhere a line now and then."""
+
+    def __init__(self, log_interval: int, total_bytes: int) -> None:
+        self._log_interval, self._total = log_interval, total_bytes
+        self._before = 0
+        """Bytes of the jobs that are done."""
+        self._first: Progress | None = None
+        self._start_s = self._last_s = time.monotonic()
+        self._last_documents = 0
+        self._bar: tqdm[NoReturn] = tqdm(
+            total=total_bytes, unit="B", unit_scale=True, disable=not sys.stderr.isatty()
+        )
+
+    def show(self, progress: Progress) -> None:
+        """Tell how far one job is."""
+        if self._first is None or self._first.phase != progress.phase:
+            self._first, self._start_s = progress, time.monotonic()
+            self._last_documents = progress.documents
+        encoding = progress.phase == "encode"
+        if not self._bar.disable:
+            if encoding:
+                self._bar.n = self._before + progress.done_bytes
+            self._bar.set_postfix_str(self._words(progress), refresh=False)
+            self._bar.update(0)
+            return
+        now = time.monotonic()
+        enough = progress.documents - self._last_documents >= self._log_interval or not encoding
+        if enough and now - self._last_s >= LOG_S:
+            self._last_s, self._last_documents = now, progress.documents
+            print(self._words(progress), file=sys.stderr, flush=True)
+
+    def job_done(self, num_bytes: int) -> None:
+        """Count a job that was run, or was done before."""
+        self._before += num_bytes
+        self._first = None
+
+    def close(self) -> None:
+        """Leave the bar."""
+        self._bar.close()
+
+    def _words(self, progress: Progress) -> str:
+        assert self._first is not None, "a report begins with its first progress"
+        seconds = max(time.monotonic() - self._start_s, 1e-9)
+        speed = (progress.done_bytes - self._first.done_bytes) / seconds
+        if progress.phase == "encode":
+            tokens = (progress.tokens - self._first.tokens) / seconds
+            left = self._total - self._before - progress.done_bytes
+            what = f"{progress.documents:,} documents, {progress.tokens:,} tokens"
+            what += f", {tokens:,.0f} tokens/s"
+        else:
+            left = progress.total_bytes - progress.done_bytes
+            what = f"Shuffling {progress.tokens:,} tokens"
+        eta = tqdm.format_interval(left / speed) if speed > 0 and left >= 0 else "?"
+        return f"{what}, {speed / 1e6:,.1f} MB/s, ETA {eta}"
 
 
 def main() -> None:
     """Make the corpora and print what they hold."""
     args = read_words()
-    signal.signal(signal.SIGTERM, _stop)
-    start = time.monotonic()
+    stop = Stop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop.ask)
     try:
-        inputs = find_files(args.input)
-        tokenizer = load_tokenizer(
-            TokenizerPlan(
-                tokenizer_type=args.tokenizer_type,
-                tokenizer_model=args.tokenizer_model,
-                vocab_size=args.vocab_size,
-                include_special_tokens=not args.tokenizer_hf_no_include_special_tokens,
-                trust_remote_code=args.trust_remote_code,
-            )
-        )
-        plan = PreprocessPlan(
-            inputs=tuple(inputs),
-            output_prefix=args.output_prefix,
-            json_keys=tuple(args.json_keys),
-            append_eod=args.append_eod,
-            workers=args.workers,
-            vocab_size=args.vocab_size,
-            overwrite=args.overwrite,
-        )
-        with progress(inputs, args.log_interval) as on_progress:
-            summaries = preprocess(plan, tokenizer, on_progress)
+        plans = plans_of(args)
+        jobs = {name: prepare(plan) for name, plan in plans.items()}
+        report = Report(args.log_interval, sum(job.total_bytes for job in jobs.values()))
+        for line in run_all(jobs, report, stop, skip_finished=args.manifest is not None):
+            tqdm.write(line)
+        report.close()
     except Mlr1Error as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-    seconds = time.monotonic() - start
-    for summary in summaries:
-        print(
-            f"{summary.prefix}: {summary.num_documents:,} documents, {summary.num_tokens:,} tokens "
-            f"({summary.dtype}), {summary.num_tokens / seconds:,.0f} tokens/s"
-        )
+    except StoppedError as stopped:
+        name = signal.Signals(stopped.number).name
+        print(f"Stopped by {name}. The same command goes on from here.", file=sys.stderr)
+        sys.exit(128 + stopped.number)
 
 
-@contextmanager
-def progress(inputs: Sequence[Path], log_interval: int) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar on a terminal, and elsewhere a line every `log_interval` documents."""
-    documents, start = 0, time.monotonic()
-    total = sum(path.stat().st_size for path in inputs)
-    with tqdm(total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+def run_all(
+    jobs: Mapping[str, Job], report: Report, stop: Stop, *, skip_finished: bool
+) -> Iterator[str]:
+    """Run one job after another, and tell of each what came out."""
+    documents = tokens = 0
+    start_s = time.monotonic()
+    for name, job in jobs.items():
+        stop.obey()
+        summaries = finished(job) if skip_finished else None
+        if summaries is not None:
+            yield f"{name}: finished before, nothing to do"
+        else:
+            begin_s = time.monotonic()
+            summaries = preprocess(job, report.show, stop)
+            yield from (_describe(summary, time.monotonic() - begin_s) for summary in summaries)
+        report.job_done(job.total_bytes)
+        documents += sum(summary.num_documents for summary in summaries)
+        tokens += sum(summary.num_tokens for summary in summaries)
+    if len(jobs) > 1:
+        took = tqdm.format_interval(time.monotonic() - start_s)
+        yield f"All {len(jobs)}: {documents:,} documents, {tokens:,} tokens, {took}"
 
-        def on_progress(num_documents: int, num_bytes: int) -> None:
-            nonlocal documents
-            before, documents = documents, documents + num_documents
-            bar.update(num_bytes)
-            bar.set_postfix(documents=documents)
-            if bar.disable and documents // log_interval > before // log_interval:
-                rate = documents / (time.monotonic() - start)
-                print(f"Processed {documents} documents ({rate:.0f} docs/s).", file=sys.stderr)
 
-        yield on_progress
-
-
-def _stop(number: int, frame: object) -> NoReturn:
-    sys.exit(128 + number)
+def _describe(summary: CorpusSummary, seconds: float) -> str:
+    rejected = f", {summary.num_rejected:,} records rejected" if summary.num_rejected else ""
+    return (
+        f"{summary.prefix}: {summary.num_documents:,} documents, {summary.num_tokens:,} tokens "
+        f"({summary.dtype}){rejected}, {summary.num_tokens / seconds:,.0f} tokens/s"
+    )
 
 
 if __name__ == "__main__":

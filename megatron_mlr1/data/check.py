@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron_mlr1.data.index import bin_path, idx_path, names_the_file
+from megatron_mlr1.data.disk import names_the_file
+from megatron_mlr1.data.index import bin_path, idx_path, meta_path
+from megatron_mlr1.data.provenance import CorpusRecord, read_record, verify
 from megatron_mlr1.data.runs import OnProgress
 from megatron_mlr1.data.stored_index import (
     StoredIndex,
@@ -56,9 +58,16 @@ def check(
     refuse_wrong_size(index, num_tokens)
     if not num_tokens:
         raise DataError(f"{prefix} holds no tokens, and training cannot open it. Leave it out.")
+    corpus = CheckedCorpus(
+        prefix, index.num_documents, index.num_sequences, num_tokens, index.dtype
+    )
+    record = read_record(prefix)
+    if record is not None:
+        verify(prefix, record, "quick")
+        _refuse_other_counts(corpus, record)
     if vocab_size is not None:
         _refuse_wrong_ids(index, vocab_size, on_progress)
-    return CheckedCorpus(prefix, index.num_documents, index.num_sequences, num_tokens, index.dtype)
+    return corpus
 
 
 def checksum(path: Path) -> str:
@@ -72,12 +81,26 @@ def checksum(path: Path) -> str:
 
 
 def checksums(prefix: str) -> dict[Path, str]:
-    """Compute the SHA-256 of both files of a corpus.
+    """Compute the SHA-256 of the files of a corpus, and hold them against its record.
 
     Raises:
-        DataError: one cannot be read.
+        DataError: one cannot be read, or is not what the record says.
     """
+    record = read_record(prefix)
+    if record is not None:
+        verify(prefix, record, "full")
+        return {Path(f"{prefix}.{end}"): file.sha256 for end, file in record.files.items()}
     return {path: checksum(path) for path in (bin_path(prefix), idx_path(prefix))}
+
+
+def _refuse_other_counts(corpus: CheckedCorpus, record: CorpusRecord) -> None:
+    for name in ("documents", "sequences", "tokens"):
+        found, must_be = getattr(corpus, f"num_{name}"), getattr(record, name)
+        if found != must_be:
+            raise DataError(
+                f"{meta_path(corpus.prefix)} says {must_be} {name} where the corpus holds {found}. "
+                "Copy the corpus again with its record."
+            )
 
 
 def _refuse_wrong_ids(index: StoredIndex, vocab_size: int, on_progress: OnProgress) -> None:

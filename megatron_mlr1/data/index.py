@@ -14,22 +14,24 @@ without a header. `PREFIX.idx` holds, of S sequences in D documents, without pad
     34 + 12S    i64[D + 1], 0, then the number of sequences up to the end of each document;
                 equal neighbours are an empty document
 
-Both are little-endian. Source: `megatron/core/datasets/indexed_dataset.py` of Megatron-Core 0.19,
-whose reader opens these files.
+Both are little-endian. Source: `megatron/core/datasets/indexed_dataset.py` of Megatron-Core 0.19.
 """
 
+import errno
+import hashlib
 import os
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_mlr1.errors import ConfigError, DataError, MachineError
+from megatron_mlr1.data import disk
+from megatron_mlr1.errors import DataError, MachineError
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -49,6 +51,19 @@ def idx_path(prefix: str) -> Path:
     return Path(f"{prefix}.idx")
 
 
+def meta_path(prefix: str) -> Path:
+    """Name the record of a corpus; see `data/provenance.py`."""
+    return Path(f"{prefix}.meta.json")
+
+
+def partial_paths(prefix: str) -> tuple[Path, Path, Path, Path]:
+    """Name the unfinished files: tokens, lengths, ends of the documents, and index."""
+    bin_partial, lengths, documents, idx_partial = (
+        Path(f"{prefix}.{kind}.partial") for kind in ("bin", "lengths", "documents", "idx")
+    )
+    return bin_partial, lengths, documents, idx_partial
+
+
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """Choose the type of a token by the number of ids, as Megatron does (`DType.optimal_dtype`)."""
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
@@ -66,86 +81,192 @@ class DocumentBlock:
     """(D,): sequences of each document, 0 for an empty one; they sum to S."""
 
 
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """How much of a corpus is written; `Counts(**asdict(c)) == c`."""
+
+    tokens: int = 0
+    sequences: int = 0
+    documents: int = 0
+
+
 class IndexWriter:
     """Write one corpus as a stream; nothing has its final name before all of it lies on the disk.
 
-    Tokens are written as they come to `PREFIX.bin.partial`. `seal` writes `PREFIX.idx.partial` and
-    forces both to the disk, `publish` renames them, `discard` removes what is not finished.
-    Memory: 4 bytes a sequence and 8 bytes a document, whatever the number of tokens.
+    All is written as it comes, to `partial_paths`; `seal` puts the index together and forces all to
+    the disk, `publish` renames, `discard` removes what is not finished, `suspend` leaves it to a
+    later writer that resumes. Memory is constant.
     """
 
-    def __init__(self, prefix: str, dtype: np.dtype[Any], *, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        prefix: str,
+        dtype: np.dtype[Any],
+        *,
+        overwrite: bool = False,
+        resume: Counts | None = None,
+        hashed: bool = False,
+    ) -> None:
         """Open the corpus `prefix` for tokens of `dtype`.
+
+        Args:
+            prefix: the corpus.
+            dtype: type of a token.
+            overwrite: replace a corpus that is there, finished or not.
+            resume: go on after so much of an unfinished corpus; the rest is cut off.
+            hashed: compute the SHA-256 of both files on the way.
 
         Raises:
             ConfigError: the corpus, or an unfinished one, is there and `overwrite` is not set.
+            DataError: what is to be resumed is shorter than that.
             MachineError: the folder is missing or cannot be written.
         """
         self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._code = CODES[self._dtype]
-        self._bin, self._idx = bin_path(prefix), idx_path(prefix)
-        self._bin_partial = Path(f"{self._bin}.partial")
-        self._idx_partial = Path(f"{self._idx}.partial")
-        if not overwrite:
-            refuse_existing(self._bin, self._idx, self._bin_partial, self._idx_partial)
-        self._lengths: list[NDArray[np.int32]] = []
-        self._document_ends = [np.zeros(1, np.int64)]
-        self.num_tokens = 0
-        self.num_sequences = 0
-        self.num_documents = 0
+        self.prefix = prefix
+        self._bin, self._lengths, self._documents, self._idx = partial_paths(prefix)
+        if not overwrite and resume is None:
+            disk.refuse_existing(bin_path(prefix), idx_path(prefix), *partial_paths(prefix))
+        start = resume or Counts()
+        self.num_tokens, self.num_sequences = start.tokens, start.sequences
+        self.num_documents = start.documents
+        self.sha256: dict[str, str] = {}
+        """After `seal`, where `hashed`: hexadecimal digits of `bin` and `idx`."""
+        self._hash = hashlib.sha256() if hashed else None
+        sizes = {self._bin: self.num_bytes, self._lengths: start.sequences * 4}
+        sizes[self._documents] = start.documents * 8
         self._unfinished: list[Path] = []
-        with names_the_file(self._bin_partial):
-            # "x": of two runs that write the same corpus at once, one must not go on.
-            self._file: BinaryIO = self._bin_partial.open("wb" if overwrite else "xb")
-        self._unfinished.append(self._bin_partial)
+        self._files: dict[Path, BinaryIO] = {}
+        # "x": of two runs that write the same corpus at once, one must not go on.
+        mode: Literal["wb", "xb"] = "wb" if overwrite else "xb"
+        new = resume is None
+        try:
+            for path, size in sizes.items():
+                with disk.names_the_file(path):
+                    self._files[path] = path.open(mode) if new else disk.reopen(path, size)
+                self._unfinished.append(path)
+        except BaseException:
+            self.discard() if new else self.suspend()
+            raise
+        if self._hash is not None and not new:
+            with disk.names_the_file(self._bin):
+                for block in disk.read_blocks(self._bin):
+                    self._hash.update(block)
+
+    @property
+    def counts(self) -> Counts:
+        """Tell how much is written."""
+        return Counts(self.num_tokens, self.num_sequences, self.num_documents)
+
+    @property
+    def num_bytes(self) -> int:
+        """Tell how large the file of the tokens is."""
+        return self.num_tokens * self._dtype.itemsize
 
     def write(self, block: DocumentBlock) -> None:
         """Append documents.
 
         Raises:
-            DataError: a sequence is longer than the format can say (2**31 - 1 tokens).
-            MachineError: the disk is full or failed.
+            DataError, MachineError: as of `write_documents`.
         """
-        longest = int(block.lengths.max(initial=0))
-        if longest > MAX_SEQUENCE_TOKENS:
-            raise DataError(
-                f"{self._bin}: a document has {longest} tokens; the format holds at most "
-                f"{MAX_SEQUENCE_TOKENS} a sequence. Split the document."
-            )
         assert block.lengths.sum() == block.tokens.size, "lengths must sum to the tokens"
-        assert block.sequences.sum() == block.lengths.size, "documents must hold all sequences"
-        with names_the_file(self._bin_partial):
-            self._file.write(block.tokens.astype(self._dtype, copy=False).tobytes())
-        self._lengths.append(block.lengths.astype(np.int32))
-        self._document_ends.append(self.num_sequences + np.cumsum(block.sequences))
-        self.num_tokens += block.tokens.size
-        self.num_sequences += block.lengths.size
-        self.num_documents += block.sequences.size
+        self._refuse_long(block.lengths)
+        self.write_tokens(block.tokens)
+        self.write_documents(block.lengths, block.sequences)
 
-    def seal(self) -> None:
-        """Write the index and force both files to the disk; their names stay `.partial`.
+    def write_tokens(self, tokens: NDArray[Any]) -> None:
+        """Append tokens whose documents `write_documents` tells later, for one in several parts.
 
         Raises:
             MachineError: the disk is full or failed.
         """
-        with names_the_file(self._bin_partial):
-            flush_to_disk(self._file)
-            self._file.close()
-        with names_the_file(self._idx_partial), self._idx_partial.open("wb") as file:
-            self._unfinished.append(self._idx_partial)
-            counts = self.num_sequences, self.num_documents + 1
-            file.write(HEADER.pack(MAGIC, VERSION, self._code, *counts))
-            for lengths in self._lengths:
-                file.write(lengths.astype("<i4").tobytes())
-            begin = 0
-            for lengths in self._lengths:
-                ends = begin + np.cumsum(lengths, dtype=np.int64) * self._dtype.itemsize
-                begins = ends - lengths.astype(np.int64) * self._dtype.itemsize
-                file.write(begins.astype("<i8").tobytes())
-                begin = int(ends[-1]) if ends.size else begin
-            for document_ends in self._document_ends:
-                file.write(document_ends.astype("<i8").tobytes())
-            flush_to_disk(file)
+        data = np.ascontiguousarray(tokens, self._dtype).view(np.uint8).data
+        with disk.names_the_file(self._bin):
+            self._files[self._bin].write(data)
+        if self._hash is not None:
+            self._hash.update(data)
+        self.num_tokens += tokens.size
+
+    def write_documents(
+        self, lengths: NDArray[np.integer[Any]], sequences: NDArray[np.integer[Any]]
+    ) -> None:
+        """Append documents whose tokens are written: (S,) lengths, (D,) sequences of each.
+
+        Raises:
+            DataError: a sequence is longer than the format can say (2**31 - 1 tokens).
+            MachineError: the disk is full or failed.
+        """
+        self._refuse_long(lengths)
+        assert sequences.sum() == lengths.size, "documents must hold all sequences"
+        ends = self.num_sequences + np.cumsum(sequences, dtype="<i8")
+        with disk.names_the_file(self._lengths):
+            self._files[self._lengths].write(lengths.astype("<i4").tobytes())
+        with disk.names_the_file(self._documents):
+            self._files[self._documents].write(ends.tobytes())
+        self.num_sequences += lengths.size
+        self.num_documents += sequences.size
+
+    def _refuse_long(self, lengths: NDArray[np.integer[Any]]) -> None:
+        longest = int(lengths.max(initial=0))
+        if longest > MAX_SEQUENCE_TOKENS:
+            raise DataError(
+                f"{bin_path(self.prefix)}: a document has {longest} tokens; the format holds at "
+                f"most {MAX_SEQUENCE_TOKENS} a sequence. Split the document."
+            )
+
+    def flush(self) -> None:
+        """Hand all to the operating system, so that `sync` forces it out.
+
+        Raises:
+            MachineError: the disk failed.
+        """
+        for path, file in self._files.items():
+            with disk.names_the_file(path):
+                file.flush()
+
+    def sync(self) -> None:
+        """Force what was flushed to the disk; another thread may write on meanwhile.
+
+        Raises:
+            MachineError: the disk failed.
+        """
+        for path, file in self._files.items():
+            with disk.names_the_file(path):
+                os.fsync(file.fileno())
+
+    def seal(self) -> None:
+        """Write the index and force all to the disk; the names stay `.partial`.
+
+        Raises:
+            MachineError: the disk is full or failed.
+        """
+        self.flush()
+        self.sync()
+        self.suspend()
+        index_hash = hashlib.sha256() if self._hash is not None else None
+        with disk.names_the_file(self._idx), self._idx.open("wb") as file:
+            self._unfinished.append(self._idx)
+            for part in self._index():
+                file.write(part)
+                if index_hash is not None:
+                    index_hash.update(part)
+            disk.flush_to_disk(file)
+        if self._hash is not None and index_hash is not None:
+            self.sha256 = {"bin": self._hash.hexdigest(), "idx": index_hash.hexdigest()}
+
+    def _index(self) -> Iterator[bytes]:
+        """Give the bytes of the index in blocks."""
+        counts = self.num_sequences, self.num_documents + 1
+        yield HEADER.pack(MAGIC, VERSION, CODES[self._dtype], *counts)
+        yield from disk.read_blocks(self._lengths)
+        begin = 0
+        for block in disk.read_blocks(self._lengths):
+            lengths = np.frombuffer(block, "<i4")
+            ends = begin + np.cumsum(lengths, dtype="<i8") * self._dtype.itemsize
+            yield (ends - lengths.astype("<i8") * self._dtype.itemsize).tobytes()
+            begin = int(ends[-1])
+        assert begin == self.num_tokens * self._dtype.itemsize, "lengths must sum to the tokens"
+        yield bytes(8)
+        yield from disk.read_blocks(self._documents)
 
     def publish(self) -> None:
         """Give both files their names, the index last: a corpus with an index is whole.
@@ -153,22 +274,48 @@ class IndexWriter:
         Raises:
             MachineError: the rename failed.
         """
-        with names_the_file(self._bin):
-            # An old index must not describe the new tokens, not even for a moment.
-            self._idx.unlink(missing_ok=True)
-            self._bin_partial.replace(self._bin)
-            self._unfinished.append(self._bin)
-            self._idx_partial.replace(self._idx)
-            self._unfinished.clear()
-            flush_folder_to_disk(self._idx.parent)
+        try:
+            publish_sealed(self.prefix)
+        except MachineError:
+            if not idx_path(self.prefix).exists():  # tokens without their index are no corpus
+                self._unfinished.append(bin_path(self.prefix))
+            raise
+        self._unfinished.clear()
+
+    def suspend(self) -> None:
+        """Close, and leave what is written to a writer that resumes."""
+        for file in self._files.values():
+            with suppress(OSError):  # closing flushes, which fails again where the disk is full
+                file.close()
 
     def discard(self) -> None:
         """Close and remove whatever is not finished; does nothing after `publish`."""
-        with suppress(OSError):  # closing flushes, which fails again where the disk is full
-            self._file.close()
+        self.suspend()
         for path in self._unfinished:
             path.unlink(missing_ok=True)
         self._unfinished.clear()
+
+
+def publish_sealed(prefix: str) -> None:
+    """Give a sealed corpus its names, in place of what has them; may be called again at any point.
+
+    Raises:
+        MachineError: a rename failed.
+    """
+    tokens, lengths, documents, index = partial_paths(prefix)
+    with disk.names_the_file(bin_path(prefix)):
+        if index.exists():
+            # An old index or record must not describe the new tokens, not even for a moment.
+            meta_path(prefix).unlink(missing_ok=True)
+            idx_path(prefix).unlink(missing_ok=True)
+            if tokens.exists():
+                tokens.replace(bin_path(prefix))
+            index.replace(idx_path(prefix))
+        elif not idx_path(prefix).exists():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(index))
+        for path in (lengths, documents):
+            path.unlink(missing_ok=True)
+        disk.flush_folder_to_disk(idx_path(prefix).parent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,14 +346,13 @@ class Corpus:
 def open_corpus(prefix: str) -> Corpus:
     """Map the corpus `prefix` and check that its two files are whole and belong together.
 
-    Reads the header, three numbers of the index and the two sizes, so the cost does not depend on
-    the size of the corpus.
+    Reads the header, three numbers of the index and the two sizes, whatever the corpus.
 
     Raises:
         DataError: a file is missing, is no index, is cut short, or does not fit the other.
     """
     path = idx_path(prefix)
-    with names_the_file(path, DataError):
+    with disk.names_the_file(path, DataError):
         size = path.stat().st_size
         with path.open("rb") as file:
             header = file.read(HEADER.size)
@@ -224,7 +370,7 @@ def open_corpus(prefix: str) -> Corpus:
         raise _broken(path, f"ends its documents at {ends[-1]} of {num_sequences} sequences")
     num_bytes = int(begins[-1]) + int(lengths[-1]) * dtype.itemsize
     path = bin_path(prefix)
-    with names_the_file(path, DataError):
+    with disk.names_the_file(path, DataError):
         size = path.stat().st_size
     if size != num_bytes:
         raise _broken(path, f"has {size} bytes where its index makes {num_bytes}")
@@ -251,50 +397,3 @@ def read_header(path: Path, header: bytes) -> tuple[np.dtype[Any], int, int]:
 
 def _broken(path: Path, what: str) -> DataError:
     return DataError(f"{path} {what}. Make the corpus again with tools/preprocess_data.py.")
-
-
-def refuse_existing(*paths: Path) -> None:
-    """Refuse to write where something is.
-
-    Raises:
-        ConfigError: one of the paths exists.
-    """
-    for path in paths:
-        if path.exists():
-            raise ConfigError(
-                f"{path} is there already, finished or from a run that goes on or was killed. "
-                "Choose another --output-prefix, remove it, or say --overwrite."
-            )
-
-
-def flush_to_disk(file: BinaryIO) -> None:
-    """Force what was written to a file to the disk."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def flush_folder_to_disk(folder: Path) -> None:
-    """Force the names in a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def names_the_file(
-    path: Path, kind: type[DataError] | type[MachineError] = MachineError
-) -> Iterator[None]:
-    """Turn an error of the operating system into ours, with the file's name.
-
-    Raises:
-        DataError, MachineError: by `kind`.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise kind(
-            f"{path}: {error.strerror}. The corpus needs a folder that is there, may be written "
-            "and has room; mend that and run again."
-        ) from error

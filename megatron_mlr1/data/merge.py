@@ -1,9 +1,18 @@
 """Several corpora to one, in constant memory."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_mlr1.data.index import bin_path, idx_path
+from megatron_mlr1.data.provenance import (
+    CorpusRecord,
+    decides_ids,
+    read_record,
+    record_files,
+    refuse_packs,
+    write_record,
+)
 from megatron_mlr1.data.runs import OnProgress, WrittenCorpus, whole_run, write_corpora
 from megatron_mlr1.data.stored_index import (
     StoredIndex,
@@ -45,11 +54,12 @@ def find_corpora(inputs: Iterable[str]) -> list[str]:
 
 def _in_folder(folder: Path) -> list[str]:
     names = sorted(path.name for path in folder.iterdir())
-    unfinished = [name for name in names if name.endswith((".bin.partial", ".idx.partial"))]
+    marks = (".partial", ".journal.json", ".unshuffled.bin", ".unshuffled.idx")
+    unfinished = [name for name in names if name.endswith(marks)]
     if unfinished:
         raise DataError(
             f"{folder / unfinished[0]} is not finished: its run goes on or was killed. Let it "
-            "end, run it again, or remove the file."
+            "end, give its command again, or remove the file."
         )
     stems = sorted({name[:-4] for name in names if name.endswith((".bin", ".idx"))})
     if not stems:
@@ -94,6 +104,8 @@ def merge(
     """
     indices = [open_index(prefix) for prefix in prefixes]
     _refuse_other_types(indices)
+    records = [read_record(prefix) for prefix in prefixes]
+    _refuse_other_makers(prefixes, records)
     runs = []
     for index in indices:
         num_tokens = count_tokens(index)
@@ -106,7 +118,53 @@ def merge(
             "empty corpus. Name others."
         )
     [written] = write_corpora({output_prefix: runs}, overwrite=overwrite, on_progress=on_progress)
+    known = [record for record in records if record is not None]
+    if len(known) == len(records):
+        write_record(output_prefix, _joined(known, written))
     return written
+
+
+def _joined(records: Sequence[CorpusRecord], written: WrittenCorpus) -> CorpusRecord:
+    """Make the record of several corpora that were joined; one alone keeps what it says."""
+    files = record_files(written.prefix)
+    if len(records) == 1:
+        return replace(records[0], files=files)
+    extras = [record.extra for record in records]
+    return replace(
+        records[0],
+        files=files,
+        vocab_size=max(record.vocab_size for record in records),
+        documents=written.num_documents,
+        sequences=written.num_sequences,
+        tokens=written.num_tokens,
+        rejected=sum(record.rejected for record in records),
+        inputs=[fingerprint for record in records for fingerprint in record.inputs],
+        shard=None,
+        plan=None,
+        shuffled=None,
+        tail_fraction=None,
+        part_of=None,
+        extra=extras[0] if all(extra == extras[0] for extra in extras) else None,
+    )
+
+
+def _refuse_other_makers(prefixes: Sequence[str], records: Sequence[CorpusRecord | None]) -> None:
+    """Refuse corpora that different tokenizers made, as far as records tell."""
+    first: tuple[str, CorpusRecord] | None = None
+    for prefix, record in zip(prefixes, records, strict=True):
+        refuse_packs(prefix, record, "tools/merge_data.py")
+        if record is None:
+            continue
+        first = first or (prefix, record)
+        for what, own, others in (
+            ("tokenizer", decides_ids(record.tokenizer), decides_ids(first[1].tokenizer)),
+            ("--append-eod", record.append_eod, first[1].append_eod),
+        ):
+            if own != others:
+                raise DataError(
+                    f"{prefix} was made with another {what} ({own}) than {first[0]} ({others}), "
+                    "and one corpus has one. Make one of them again."
+                )
 
 
 def _refuse_other_types(indices: Sequence[StoredIndex]) -> None:

@@ -1,249 +1,294 @@
-"""Files of JSON lines to corpora: reads in batches, tokenizes in worker processes, writes in order.
+"""Records to corpora: reads and tokenizes by `encode`, writes, journals, shuffles, publishes.
 
-The documents of a corpus stand in the order of the input, whatever the number of workers. A batch
-is about 1 MiB of text and only a few are under way, so memory does not grow with the input.
+The documents of a corpus stand in the order of the input, or in one that a seed and they alone
+decide; never does the number of workers. Stopped at any point, the same run goes on and ends with
+the same bytes. Memory does not grow with the input.
 """
 
-import multiprocessing
-import os
-import signal
-import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from itertools import islice
-from pathlib import Path
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from megatron_mlr1.data.index import DocumentBlock, IndexWriter, open_corpus, token_dtype
-from megatron_mlr1.data.records import LineBatch, parse_texts, read_batches
-from megatron_mlr1.data.tokenizers import Tokenizer
-from megatron_mlr1.errors import ConfigError, DataError, MachineError
-
-BATCHES_PER_WORKER = 3
-Blocks = dict[str, DocumentBlock]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PreprocessPlan:
-    """What to read and what to write, by the flags of Megatron-LM's tool where it has them."""
-
-    inputs: tuple[Path, ...]
-    """Files of JSON lines, read in this order."""
-    output_prefix: str
-    """Each key becomes the corpus `{output_prefix}_{key}_document`."""
-    workers: int
-    """Processes that tokenize."""
-    json_keys: tuple[str, ...] = ("text",)
-    append_eod: bool = False
-    """End each document that has tokens with the tokenizer's id for that."""
-    vocab_size: int | None = None
-    """Ids must be smaller; None: the tokenizer's own number of ids."""
-    overwrite: bool = False
-    """Replace a corpus that is there."""
-
-    def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise ConfigError(f"--workers is {self.workers}; tokenizing needs at least 1.")
-        if len(set(self.json_keys)) < len(self.json_keys):
-            raise ConfigError(
-                f"--json-keys names a key twice ({' '.join(self.json_keys)}); each is one corpus. "
-                "Name it once."
-            )
-
-    def corpus_prefix(self, key: str) -> str:
-        """Name the corpus of one key, as Megatron-LM's tool does."""
-        return f"{self.output_prefix}_{key}_document"
-
-
-@dataclass(frozen=True, slots=True)
-class CorpusSummary:
-    """What one finished corpus holds, read back from its files."""
-
-    prefix: str
-    num_documents: int
-    num_tokens: int
-    dtype: np.dtype[Any]
+from megatron_mlr1.data.disk import refuse_existing
+from megatron_mlr1.data.encode import Position, encode_units
+from megatron_mlr1.data.encoding import Encoding
+from megatron_mlr1.data.index import (
+    Counts,
+    IndexWriter,
+    bin_path,
+    idx_path,
+    partial_paths,
+    publish_sealed,
+)
+from megatron_mlr1.data.jobs import CorpusSummary, Job, PreprocessPlan, summary_of
+from megatron_mlr1.data.journal import (
+    Journal,
+    Phase,
+    Stop,
+    digest_of,
+    goes_on,
+    journal_path,
+    only_run,
+    read_journal,
+    refuse_other_plan,
+    write_journal,
+)
+from megatron_mlr1.data.provenance import (
+    CorpusRecord,
+    record_file,
+    record_of,
+    write_record,
+)
+from megatron_mlr1.data.quarantine import Quarantine, publish_rejected, rejected_paths
+from megatron_mlr1.data.shuffle import (
+    TAIL_FRACTION,
+    shuffle_folder,
+    shuffle_into,
+)
+from megatron_mlr1.data.stored_index import open_index
+from megatron_mlr1.errors import ConfigError, Mlr1Error
 
 
 @dataclass(frozen=True, slots=True)
-class DocumentEncoder:
-    """Turns lines into blocks of documents, as `tools/preprocess_data.py` of Megatron-LM does.
+class Progress:
+    """How far a run has come, all of it counted, what earlier runs did too."""
 
-    A sentence without ids makes no sequence; a document without sequences gets no end-of-document.
-    """
+    phase: str
+    """`encode` or `shuffle`."""
+    documents: int
+    tokens: int
+    """Of all keys."""
+    done_bytes: int
+    """Of the input as it is stored; in the phase `shuffle`, of tokens in each of two passes."""
+    total_bytes: int
 
-    tokenizer: Tokenizer
-    keys: tuple[str, ...]
-    eod: int | None
-    """Id that ends each document that has tokens; None: nothing is appended."""
-    dtype: np.dtype[Any]
-    vocab_size: int
 
-    def encode(self, batch: LineBatch) -> Blocks:
-        """Encode each key of each line.
-
-        Raises:
-            DataError: a line is wrong, or an id is not in the vocabulary.
-        """
-        texts = parse_texts(batch, self.keys)
-        return {
-            key: self._encode_key([record[key] for record in texts], batch) for key in self.keys
-        }
-
-    def _encode_key(self, documents: Sequence[Sequence[str]], batch: LineBatch) -> DocumentBlock:
-        texts = [text for document in documents for text in document]
-        encoded = self.tokenizer.encode(texts)
-        assert len(encoded) == len(texts), "a tokenizer must answer every text"
-        in_order = iter(encoded)
-        ids: list[int] = []
-        lengths: list[int] = []
-        counts: list[int] = []
-        for document in documents:
-            sequences = [sequence for sequence in islice(in_order, len(document)) if sequence]
-            if sequences and self.eod is not None:
-                sequences[-1] = [*sequences[-1], self.eod]
-            for sequence in sequences:
-                ids += sequence
-            lengths += map(len, sequences)
-            counts.append(len(sequences))
-        tokens = np.array(ids, np.int64)
-        block = DocumentBlock(tokens, np.array(lengths, np.int64), np.array(counts, np.int64))
-        self._refuse_ids_outside(block, batch)
-        return replace(block, tokens=tokens.astype(self.dtype))
-
-    def _refuse_ids_outside(self, block: DocumentBlock, batch: LineBatch) -> None:
-        limit = min(self.vocab_size, int(np.iinfo(self.dtype).max) + 1)
-        outside = np.flatnonzero((block.tokens < 0) | (block.tokens >= limit))
-        if outside.size:
-            sequence = np.searchsorted(np.cumsum(block.lengths), outside[0], side="right")
-            document = np.searchsorted(np.cumsum(block.sequences), sequence, side="right")
-            raise DataError(
-                f"{batch.where(int(document))}: token id {block.tokens[outside[0]]} is outside the "
-                f"vocabulary of {limit} ids. Use the tokenizer of the model, or mend --vocab-size."
-            )
+OnProgress = Callable[[Progress], None]
 
 
 def preprocess(
-    plan: PreprocessPlan,
-    tokenizer: Tokenizer,
-    on_progress: Callable[[int, int], None] = lambda documents, stored_bytes: None,
+    job: Job, on_progress: OnProgress = lambda progress: None, stop: Stop | None = None
 ) -> list[CorpusSummary]:
-    """Make one corpus of each key; all are finished together or none is left.
+    """Make one corpus of each key, or go on with a stopped run; all appear together, whole.
 
     Args:
-        plan: what to read and write.
-        tokenizer: makes the ids; it is copied to each worker.
-        on_progress: told after each batch how many documents and how many bytes of the input files
-            it was.
+        job: what `prepare` made of a plan.
+        on_progress: told after each batch.
+        stop: asked after each batch whether to stop.
 
     Raises:
-        ConfigError: an output exists, or an end-of-document is wanted that the tokenizer lacks.
-        DataError: a line, a file or an id is wrong; names the first such line.
+        StoppedError: `stop` said so; the journal is written, and the same job goes on.
+        ConfigError: an output is there, a stopped run of another plan, or one that goes on.
+        DataError: a record, a file or an id is wrong; names the first such record.
         MachineError: a file cannot be written, or a worker died.
     """
-    encoder = _encoder(plan, tokenizer)
-    with ExitStack() as stack:
-        writers = {}
-        for key in plan.json_keys:
-            prefix = plan.corpus_prefix(key)
-            writer = IndexWriter(prefix, encoder.dtype, overwrite=plan.overwrite)
-            stack.callback(writer.discard)
-            writers[key] = writer
-        for batch, blocks in _encode_in_order(_batches(plan.inputs), encoder, plan.workers):
-            for key, block in blocks.items():
-                writers[key].write(block)
-            on_progress(len(batch.lines), batch.num_stored_bytes)
-        for key, writer in writers.items():
-            if writer.num_tokens == 0:
-                raise DataError(
-                    f"{key!r} is empty in all {writer.num_documents} documents; a corpus needs "
-                    "tokens. Leave the key out of --json-keys, or mend the input."
+    plan = job.plan
+    with only_run(plan.prefix):
+        journal = _begin(job)
+        run = _Run(job, on_progress, stop or Stop(), journal)
+        try:
+            return run.finish()
+        except BaseException as error:
+            if run.journal.position is None:
+                _remove_unfinished(plan)
+            elif isinstance(error, Mlr1Error):
+                raise goes_on(error, plan.prefix) from error
+            raise
+
+
+def _begin(job: Job) -> Journal:
+    """Read the journal of the same plan, or begin a new one."""
+    plan = job.plan
+    journal = read_journal(plan.prefix)
+    if journal is not None:
+        try:
+            refuse_other_plan(plan.prefix, journal, job.decides)
+        except ConfigError:
+            if not plan.overwrite:
+                raise
+            _remove_unfinished(plan, journal.plan["keys"])
+            journal = None
+    if journal is None:
+        prefixes = [plan.corpus_prefix(key) for key in plan.encode.json_keys]
+        if not plan.overwrite:
+            for prefix in prefixes:
+                refuse_existing(bin_path(prefix), idx_path(prefix), *partial_paths(prefix))
+        _remove_unfinished(plan)
+        journal = Journal(plan=job.decides)
+        write_journal(plan.prefix, journal)
+    return replace(journal, plan=job.decides)
+
+
+class _Run:
+    """One run over one journal."""
+
+    def __init__(self, job: Job, on_progress: OnProgress, stop: Stop, journal: Journal) -> None:
+        self.journal = journal
+        """The last point from which the run can go on."""
+        self._job, self._plan = job, job.plan
+        self._keys = job.plan.encode.json_keys
+        self._dtype = np.dtype(job.tokenizer["dtype"])
+        self._on_progress, self._stop = on_progress, stop
+
+    def finish(self) -> list[CorpusSummary]:
+        """Do what is left of all phases."""
+        if self.journal.phase == "encode":
+            self._encode()
+        if self.journal.phase == "shuffle":
+            self._shuffle()
+        return self._publish()
+
+    def _staging(self, key: str) -> str:
+        """Name what the tokens are written to: the corpus itself, or the source of a shuffle."""
+        prefix = self._plan.corpus_prefix(key)
+        return prefix if self._plan.shuffle_seed is None else unshuffled_prefix(prefix)
+
+    def _encode(self) -> None:
+        plan = self._plan
+        with ExitStack() as stack:
+            writers = {}
+            for key in self._keys:
+                writers[key] = IndexWriter(
+                    self._staging(key),
+                    self._dtype,
+                    resume=self.journal.counts.get(key, Counts()),
+                    hashed=plan.shuffle_seed is None,
                 )
-            writer.seal()
-        for writer in writers.values():
-            writer.publish()
-    return [_summary(plan.corpus_prefix(key)) for key in plan.json_keys]
+                stack.callback(writers[key].suspend)
+            quarantine = Quarantine(plan.prefix, self.journal.rejected_bytes)
+            stack.callback(quarantine.close)
+            encoding = Encoding(plan.prefix, self.journal, writers, quarantine)
+            try:
+                self._read_all(encoding)
+                final = encoding.seal()
+            finally:
+                encoding.close()
+                self.journal = encoding.journaled
+            records = {
+                key: self._record(key, writer, final)
+                for key, writer in writers.items()
+                if writer.sha256
+            }
+        phase: Phase = "publish" if plan.shuffle_seed is None else "shuffle"
+        self._write(replace(final, phase=phase, corpora=records))
 
-
-def _encoder(plan: PreprocessPlan, tokenizer: Tokenizer) -> DocumentEncoder:
-    vocab_size = tokenizer.vocab_size if plan.vocab_size is None else plan.vocab_size
-    eod = tokenizer.eod if plan.append_eod else None
-    if plan.append_eod and eod is None:
-        raise ConfigError(
-            "--append-eod needs a tokenizer with an end-of-sequence token; this one has none. "
-            "Add one to its configuration, or leave --append-eod out."
+    def _read_all(self, encoding: Encoding) -> None:
+        every_bytes, every_s = self._plan.journal_bytes, self._plan.journal_s
+        start = encoding.now.position
+        batches = encode_units(
+            self._plan.encode, self._job.units, None if start is None else Position(**start)
         )
-    if eod is not None and eod >= vocab_size:
-        raise ConfigError(
-            f"--append-eod would write id {eod}, outside the vocabulary of {vocab_size} ids. "
-            "Mend --vocab-size or the tokenizer."
+        self._on_progress(self._progress(encoding.now))
+        try:
+            with closing(batches):
+                for batch in batches:
+                    encoding.accept(batch)
+                    self._on_progress(self._progress(encoding.now))
+                    if self._stop.number is not None or encoding.is_due(every_bytes, every_s):
+                        encoding.write_journal()
+                    self._stop.obey()
+        except Mlr1Error:
+            self._stop.obey()  # the signal may have ended the workers before it came here
+            raise
+
+    def _progress(self, now: Journal) -> Progress:
+        counts = now.counts.values()
+        return Progress(
+            phase="encode",
+            documents=now.records - now.rejected,
+            tokens=sum(count.tokens for count in counts),
+            done_bytes=now.stored_bytes,
+            total_bytes=self._job.total_bytes,
         )
-    return DocumentEncoder(
-        tokenizer, plan.json_keys, eod, token_dtype(tokenizer.vocab_size), vocab_size
-    )
+
+    def _shuffle(self) -> None:
+        plan = self._plan
+        assert plan.shuffle_seed is not None, "only a plan with a seed has this phase"
+        records = {}
+        counts = self.journal.counts.values()
+        total = 2 * self._dtype.itemsize * sum(count.tokens for count in counts)
+        state = Progress("shuffle", 0, sum(count.tokens for count in counts), 0, total)
+
+        def tell(num_bytes: int) -> None:
+            nonlocal state
+            state = replace(state, done_bytes=state.done_bytes + num_bytes)
+            self._on_progress(state)
+            self._stop.obey()
+
+        for key in self._keys:
+            publish_sealed(self._staging(key))
+            prefix = plan.corpus_prefix(key)
+            writer = IndexWriter(prefix, self._dtype, overwrite=True, hashed=True)
+            with ExitStack() as stack:
+                stack.callback(writer.suspend)
+                source = open_index(self._staging(key))
+                shuffle_into(writer, source, plan.shuffle_seed, shuffle_folder(prefix), tell)
+                writer.seal()
+            records[key] = self._record(key, writer, self.journal)
+        self._write(replace(self.journal, phase="publish", corpora=records))
+
+    def _record(self, key: str, writer: IndexWriter, journal: Journal) -> dict[str, Any]:
+        tokens, _, _, index = partial_paths(writer.prefix)
+        encode = self._plan.encode
+        shuffled = self._plan.shuffle_seed
+        counts = writer.counts
+        record = CorpusRecord(
+            kind="documents",
+            files={
+                "bin": record_file(tokens, writer.sha256["bin"]),
+                "idx": record_file(index, writer.sha256["idx"]),
+            },
+            tokenizer={**self._job.tokenizer, "engine": journal.engine},
+            append_eod=encode.append_eod,
+            vocab_size=encode.vocab_size or self._job.tokenizer["vocab_size"],
+            dtype=self._dtype.name,
+            documents=counts.documents,
+            sequences=counts.sequences,
+            tokens=counts.tokens,
+            rejected=journal.rejected,
+            inputs=self._job.decides["inputs"],
+            shard=self._plan.shard,
+            plan=digest_of(self._job.decides),
+            shuffled=shuffled,
+            tail_fraction=None if shuffled is None else TAIL_FRACTION,
+            extra={"json_key": key},
+        )
+        return asdict(record)
+
+    def _publish(self) -> list[CorpusSummary]:
+        found = []
+        for key in self._keys:
+            prefix = self._plan.corpus_prefix(key)
+            publish_sealed(prefix)
+            record = record_of(self.journal.corpora[key])
+            write_record(prefix, record)
+            found.append(summary_of(prefix, record))
+        publish_rejected(self._plan.prefix)
+        _remove_unfinished(self._plan)
+        return found
+
+    def _write(self, journal: Journal) -> None:
+        write_journal(self._plan.prefix, journal)
+        self.journal = journal
 
 
-def _summary(prefix: str) -> CorpusSummary:
-    corpus = open_corpus(prefix)
-    return CorpusSummary(prefix, corpus.num_documents, corpus.num_tokens, corpus.tokens.dtype)
+def unshuffled_prefix(prefix: str) -> str:
+    """Name the corpus in the order of the input, from which `prefix` is shuffled."""
+    return f"{prefix}.unshuffled"
 
 
-def _batches(paths: Sequence[Path]) -> Iterator[LineBatch]:
-    for path in paths:
-        yield from read_batches(path)
-
-
-def _encode_in_order(
-    batches: Iterator[LineBatch], encoder: DocumentEncoder, workers: int
-) -> Iterator[tuple[LineBatch, Blocks]]:
-    pool = ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(encoder,),
-    )
-    under_way: deque[tuple[LineBatch, Future[Blocks]]] = deque()
-    try:
-        for batch in batches:
-            under_way.append((batch, pool.submit(_encode_in_worker, batch)))
-            if len(under_way) >= BATCHES_PER_WORKER * workers:
-                batch, future = under_way.popleft()
-                yield batch, future.result()
-        while under_way:
-            batch, future = under_way.popleft()
-            yield batch, future.result()
-    except BrokenProcessPool as error:
-        raise MachineError(
-            "A worker process died before its work was done; most often the machine was out of "
-            "memory. Use fewer --workers and run again."
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_worker_encoder: list[DocumentEncoder] = []
-"""In a worker process: its encoder. A pool hands a worker its state in no other way."""
-
-
-def _start_worker(encoder: DocumentEncoder) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the pool
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process, one core
-    threading.Thread(target=_end_with_the_parent, daemon=True).start()
-    _worker_encoder.append(encoder)
-
-
-def _end_with_the_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "a worker has a parent"
-    parent.join()
-    os._exit(1)
-
-
-def _encode_in_worker(batch: LineBatch) -> Blocks:
-    return _worker_encoder[0].encode(batch)
+def _remove_unfinished(plan: PreprocessPlan, keys: Sequence[str] = ()) -> None:
+    """Remove all that a run leaves but finished corpora, of other keys too; the journal last."""
+    for key in {*plan.encode.json_keys, *keys}:
+        prefix = plan.corpus_prefix(key)
+        source = unshuffled_prefix(prefix)
+        shutil.rmtree(shuffle_folder(prefix), ignore_errors=True)
+        own = bin_path(source), idx_path(source)
+        for path in (*partial_paths(prefix), *partial_paths(source), *own):
+            path.unlink(missing_ok=True)
+    rejected_paths(plan.prefix)[1].unlink(missing_ok=True)
+    journal_path(plan.prefix).unlink(missing_ok=True)

@@ -6,6 +6,12 @@ import numpy as np
 
 from megatron_mlr1.data.check import check
 from megatron_mlr1.data.index import HEADER, bin_path, idx_path
+from megatron_mlr1.data.provenance import (
+    read_record,
+    record_files,
+    refuse_packs,
+    write_record,
+)
 from megatron_mlr1.data.runs import (
     DocumentRun,
     OnProgress,
@@ -51,6 +57,8 @@ def repair(
         DataError: the lengths are damaged, or mending would give up what the plan keeps.
         MachineError: a folder is missing, or the disk is full or failed.
     """
+    record = read_record(plan.input_prefix)
+    refuse_packs(plan.input_prefix, record, "tools/repair_data.py")
     _refuse_sound(plan)
     index = _open_damaged(plan)
     num_tokens = count_tokens(index)
@@ -75,6 +83,17 @@ def repair(
     [written] = write_corpora(
         {plan.output_prefix: [run]}, overwrite=plan.overwrite, on_progress=on_progress
     )
+    if record is not None:
+        mended = replace(
+            record,
+            files=record_files(plan.output_prefix),
+            documents=written.num_documents,
+            sequences=written.num_sequences,
+            tokens=written.num_tokens,
+            plan=None,
+            tail_fraction=None,
+        )
+        write_record(plan.output_prefix, mended)
     return written, index.num_documents - written.num_documents
 
 

@@ -17,17 +17,20 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_mlr1.data.disk import (
+    flush_folder_to_disk,
+    flush_to_disk,
+    names_the_file,
+    refuse_existing,
+)
 from megatron_mlr1.data.index import (
     CODES,
     HEADER,
     MAGIC,
     VERSION,
     bin_path,
-    flush_folder_to_disk,
-    flush_to_disk,
     idx_path,
-    names_the_file,
-    refuse_existing,
+    meta_path,
 )
 from megatron_mlr1.data.stored_index import StoredIndex
 from megatron_mlr1.errors import ConfigError, DataError, MachineError
@@ -97,6 +100,7 @@ class WrittenCorpus:
 
     prefix: str
     num_documents: int
+    num_sequences: int
     num_tokens: int
     dtype: np.dtype[Any]
 
@@ -115,7 +119,7 @@ def write_corpora(
     """
     for prefix, runs in corpora.items():
         for run in runs:
-            _refuse_source(prefix, run.index.prefix)
+            refuse_source(prefix, run.index.prefix)
         if not overwrite:
             paths = bin_path(prefix), idx_path(prefix)
             refuse_existing(*paths, *map(_partial, paths))
@@ -133,6 +137,7 @@ def write_corpora(
         WrittenCorpus(
             prefix,
             sum(run.num_documents for run in runs),
+            sum(run.num_sequences for run in runs),
             sum(run.num_tokens for run in runs),
             runs[0].index.dtype,
         )
@@ -145,6 +150,7 @@ class _Draft:
 
     def __init__(self, prefix: str, *, overwrite: bool) -> None:
         self._names = {path: _partial(path) for path in (bin_path(prefix), idx_path(prefix))}
+        self._meta = meta_path(prefix)
         # "x": of two runs that write the same corpus at once, one must not go on.
         self._mode: Literal["wb", "xb"] = "wb" if overwrite else "xb"
         self._unfinished: list[Path] = []
@@ -165,7 +171,8 @@ class _Draft:
         """Give both files their names, the index last: a corpus with an index is whole."""
         tokens, index = self._names
         with names_the_file(tokens):
-            # An old index must not describe the new tokens, not even for a moment.
+            # An old index or record must not describe the new tokens, not even for a moment.
+            self._meta.unlink(missing_ok=True)
             index.unlink(missing_ok=True)
             self._names[tokens].replace(tokens)
             self._unfinished.append(tokens)
@@ -258,7 +265,12 @@ def _partial(path: Path) -> Path:
     return Path(f"{path}.partial")
 
 
-def _refuse_source(prefix: str, source: str) -> None:
+def refuse_source(prefix: str, source: str) -> None:
+    """Refuse to write a corpus over the one that is read.
+
+    Raises:
+        ConfigError: they are the same files.
+    """
     for target_path, source_path in (
         (bin_path(prefix), bin_path(source)),
         (idx_path(prefix), idx_path(source)),

@@ -2,13 +2,20 @@
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_mlr1.data.provenance import (
+    CorpusRecord,
+    read_record,
+    record_files,
+    refuse_packs,
+    write_record,
+)
 from megatron_mlr1.data.runs import DocumentRun, OnProgress, Place, WrittenCorpus, write_corpora
 from megatron_mlr1.data.stored_index import (
     StoredIndex,
@@ -60,6 +67,8 @@ def split(plan: SplitPlan, on_progress: OnProgress = lambda num_bytes: None) -> 
         DataError: the corpus is damaged, or its documents are too long for such shards.
         MachineError: a folder is missing, or the disk is full or failed.
     """
+    record = read_record(plan.input_prefix)
+    refuse_packs(plan.input_prefix, record, "tools/split_data.py")
     index = open_index(plan.input_prefix)
     num_tokens = count_tokens(index)
     refuse_wrong_size(index, num_tokens)
@@ -86,7 +95,26 @@ def split(plan: SplitPlan, on_progress: OnProgress = lambda num_bytes: None) -> 
         for shard, (begin, end) in enumerate(pairwise(places))
     }
     _refuse_leftovers(plan, corpora)
-    return write_corpora(corpora, overwrite=plan.overwrite, on_progress=on_progress)
+    shards = write_corpora(corpora, overwrite=plan.overwrite, on_progress=on_progress)
+    if record is not None:
+        for shard, begin in zip(shards, places, strict=False):
+            write_record(shard.prefix, _part(record, shard, begin))
+    return shards
+
+
+def _part(record: CorpusRecord, shard: WrittenCorpus, begin: Place) -> CorpusRecord:
+    """Make the record of a part of the corpus that `record` describes."""
+    return replace(
+        record,
+        files=record_files(shard.prefix),
+        documents=shard.num_documents,
+        sequences=shard.num_sequences,
+        tokens=shard.num_tokens,
+        rejected=0,
+        plan=None,
+        tail_fraction=None,
+        part_of={"sha256": record.files["bin"].sha256, "first_document": begin.documents},
+    )
 
 
 def _cuts_of_equal_tokens(index: StoredIndex, num_tokens: int, num_shards: int) -> list[Place]:

@@ -15,6 +15,7 @@ from megatron_mlr1.data.tokenizers import (
     ByteTokenizer,
     RustTokenizer,
     SentencePieceTokenizer,
+    TikTokenizer,
     Tokenizer,
     TransformersTokenizer,
 )
@@ -201,6 +202,8 @@ def decode(tokenizer: Tokenizer, tokens: NDArray[np.integer], prefix: str) -> st
             return str(processor.decode(ids))
         case RustTokenizer(backend=backend):
             return str(backend.decode(ids, skip_special_tokens=False))
+        case TikTokenizer(encoding=encoding):
+            return str(encoding.decode(ids))
         case TransformersTokenizer(tokenizer=loaded):
             return str(loaded.decode(ids, skip_special_tokens=False))
     raise ConfigError(

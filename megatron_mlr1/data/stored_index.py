@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_mlr1.data.index import HEADER, bin_path, idx_path, names_the_file, read_header
+from megatron_mlr1.data.disk import names_the_file
+from megatron_mlr1.data.index import HEADER, bin_path, idx_path, read_header
 from megatron_mlr1.errors import DataError
 
 BLOCK_NUMBERS = 1 << 16

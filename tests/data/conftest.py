@@ -1,5 +1,6 @@
 """Real text and small tokenizers trained on it, for all tests of this folder."""
 
+import base64
 import json
 import textwrap
 from collections.abc import Callable
@@ -67,6 +68,36 @@ def sentencepiece_model(texts: list[str], tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="session")
+def tiktoken_ranks(
+    train_bpe: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Ranks as the engine's TikTokenizer reads them: the 256 bytes, then what was merged."""
+    folder = train_bpe(tmp_path_factory.mktemp("ranks") / "bpe", begins=False)
+    vocab = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
+    alphabet = dict(zip(_byte_characters(), range(256), strict=True))
+    tokens = [token for token in sorted(vocab, key=vocab.__getitem__) if token not in (BEGIN, END)]
+    merged = [bytes(map(alphabet.__getitem__, token)) for token in tokens if len(token) > 1]
+    rows = [
+        {
+            "rank": rank,
+            "token_bytes": base64.b64encode(token).decode(),
+            "token_str": token.decode(errors="replace"),
+        }
+        for rank, token in enumerate([*(bytes([byte]) for byte in range(256)), *merged])
+    ]
+    path = folder / "ranks.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def _byte_characters() -> str:
+    """Characters that stand for bytes 0 to 255 in a byte-level BPE: shown ones for themselves."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = iter(range(256, 512))
+    return "".join(chr(byte if byte in shown else next(others)) for byte in range(256))
+
+
+@pytest.fixture(scope="session")
 def engine_tokenizer() -> Callable[[TokenizerPlan], Any]:
     """Build the engine's own tokenizer from the same flags."""
     from megatron.core.tokenizers import MegatronTokenizer
@@ -86,7 +117,12 @@ def engine_tokenizer() -> Callable[[TokenizerPlan], Any]:
             chat_template=None,
             vocab_file=None,
             merge_file=None,
-            special_tokens=None,
+            special_tokens=(
+                list(plan.special_tokens) if plan.tokenizer_type == "TikTokenizer" else None
+            ),
+            vocab_size=plan.vocab_size,
+            tiktoken_pattern=plan.tiktoken_pattern,
+            tiktoken_num_special_tokens=plan.tiktoken_num_special_tokens,
             metadata_path=None,
             pad_vocab_size=False,
         )

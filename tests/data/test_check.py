@@ -13,6 +13,7 @@ from tests.support.corpora import (
     write_corpus,
     write_random_corpus,
 )
+from tests.support.records import write_record_of
 
 
 def test_it_counts_what_a_sound_corpus_holds(tmp_path: Path) -> None:
@@ -74,3 +75,20 @@ def test_checksums_are_those_of_the_files(tmp_path: Path) -> None:
         path: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in (tmp_path / "a.bin", tmp_path / "a.idx")
     }
+
+
+def test_a_corpus_is_held_against_its_record(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "a", [100_000], [1])
+    write_record_of(f"{tmp_path}/a")
+    check(f"{tmp_path}/a")
+    checksums(f"{tmp_path}/a")
+    patch(tmp_path / "a.bin", 100_000, "H", 60_001)
+    check(f"{tmp_path}/a")
+    with pytest.raises(DataError, match=r"a\.bin has the SHA-256"):
+        checksums(f"{tmp_path}/a")
+    patch(tmp_path / "a.bin", 0, "H", 60_001)
+    with pytest.raises(DataError, match=r"a\.bin has other bytes at its begin"):
+        check(f"{tmp_path}/a")
+    write_record_of(f"{tmp_path}/a", tokens=7)
+    with pytest.raises(DataError, match=r"a\.meta\.json says 7 tokens where .* holds 100000"):
+        check(f"{tmp_path}/a")

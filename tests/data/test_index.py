@@ -1,11 +1,20 @@
+import hashlib
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from megatron_mlr1.data.index import DocumentBlock, IndexWriter, open_corpus, token_dtype
+from megatron_mlr1.data.index import (
+    DocumentBlock,
+    IndexWriter,
+    meta_path,
+    open_corpus,
+    token_dtype,
+)
 from megatron_mlr1.errors import ConfigError, DataError, MachineError
 
 DOCUMENTS = [[[5, 6, 7]], [], [[8], [9, 10]], [[65499]]]
@@ -76,7 +85,9 @@ def test_nothing_has_its_final_name_before_it_is_published(tmp_path: Path) -> No
     writer = IndexWriter(f"{tmp_path}/c", token_dtype(100))
     writer.write(block(DOCUMENTS[:1]))
     writer.seal()
-    assert files(tmp_path) == ["c.bin.partial", "c.idx.partial"]
+    assert files(tmp_path) == [
+        f"c.{kind}.partial" for kind in ("bin", "documents", "idx", "lengths")
+    ]
     writer.publish()
     assert files(tmp_path) == ["c.bin", "c.idx"]
     writer.discard()
@@ -104,7 +115,81 @@ def test_a_failed_rename_leaves_no_index(tmp_path: Path) -> None:
     assert files(tmp_path) == []
 
 
-@pytest.mark.parametrize("name", ["c.bin", "c.idx", "c.bin.partial"])
+def test_a_record_goes_with_the_corpus_that_is_replaced(tmp_path: Path) -> None:
+    write(f"{tmp_path}/c", [block(DOCUMENTS)])
+    meta_path(f"{tmp_path}/c").touch()
+    writer = IndexWriter(f"{tmp_path}/c", token_dtype(100), overwrite=True)
+    writer.write(block(DOCUMENTS[:1]))
+    writer.seal()
+    assert files(tmp_path)[-2:] == ["c.lengths.partial", "c.meta.json"]
+    writer.publish()
+    assert files(tmp_path) == ["c.bin", "c.idx"]
+
+
+def test_an_unfinished_corpus_goes_on_at_any_point_with_the_same_bytes(tmp_path: Path) -> None:
+    write(f"{tmp_path}/whole", [block(DOCUMENTS)])
+    for point in range(len(DOCUMENTS) + 1):
+        prefix = f"{tmp_path}/{point}"
+        first = IndexWriter(prefix, token_dtype(100))
+        first.write(block(DOCUMENTS[:point]))
+        counts = first.counts
+        first.write(block(DOCUMENTS[::-1]))  # written after the point that is gone back to
+        first.suspend()
+        again = IndexWriter(prefix, token_dtype(100), resume=counts, hashed=True)
+        again.write(block(DOCUMENTS[point:]))
+        again.seal()
+        again.publish()
+        for kind in ("bin", "idx"):
+            data = Path(f"{prefix}.{kind}").read_bytes()
+            assert data == (tmp_path / f"whole.{kind}").read_bytes()
+            assert hashlib.sha256(data).hexdigest() == again.sha256[kind]
+
+
+def test_an_unfinished_corpus_that_is_too_short_is_kept_and_named(tmp_path: Path) -> None:
+    writer = IndexWriter(f"{tmp_path}/c", token_dtype(100))
+    writer.write(block(DOCUMENTS[:1]))
+    counts = writer.counts
+    writer.suspend()
+    (tmp_path / "c.lengths.partial").write_bytes(b"abc")
+    with pytest.raises(DataError, match=r"c\.lengths\.partial has 3 bytes where 4 were written"):
+        IndexWriter(f"{tmp_path}/c", token_dtype(100), resume=counts)
+    assert len(files(tmp_path)) == 3
+
+
+def test_tokens_of_one_document_may_come_in_parts(tmp_path: Path) -> None:
+    write(f"{tmp_path}/whole", [block([[[1, 2, 3], [4]]])])
+    writer = IndexWriter(f"{tmp_path}/parts", token_dtype(100))
+    for part in ([1], [2, 3, 4]):
+        writer.write_tokens(np.array(part))
+    writer.write_documents(np.array([3, 1]), np.array([2]))
+    writer.seal()
+    writer.publish()
+    for kind in ("bin", "idx"):
+        whole, parts = (tmp_path / f"{name}.{kind}" for name in ("whole", "parts"))
+        assert whole.read_bytes() == parts.read_bytes()
+
+
+def test_memory_does_not_grow_with_the_documents(tmp_path: Path) -> None:
+    program = (
+        "import sys, numpy as np\n"
+        "from pathlib import Path\n"
+        "from megatron_mlr1.data.index import DocumentBlock, IndexWriter\n"
+        "writer = IndexWriter(sys.argv[1], np.dtype('<u2'))\n"
+        "ones = np.ones(100_000, np.int64)\n"
+        "for _ in range(int(sys.argv[2])): writer.write(DocumentBlock(ones, ones, ones))\n"
+        "writer.seal()\n"
+        "print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])"
+    )
+    peaks = []
+    for blocks in (1, 60):
+        words = [sys.executable, "-c", program, f"{tmp_path}/{blocks}", str(blocks)]
+        run = subprocess.run(words, check=True, capture_output=True, text=True)
+        peaks.append(int(run.stdout) * 1024)
+    # The index of the second has 120 MB, its lengths and documents alone 72 MB.
+    assert peaks[1] - peaks[0] < 10e6
+
+
+@pytest.mark.parametrize("name", ["c.bin", "c.idx", "c.bin.partial", "c.lengths.partial"])
 def test_what_exists_is_kept_unless_overwriting_is_wanted(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"old")
     with pytest.raises(ConfigError, match="--overwrite"):

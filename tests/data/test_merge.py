@@ -8,6 +8,7 @@ import pytest
 
 from megatron_mlr1.data.index import CODES, HEADER, MAGIC, VERSION, open_corpus
 from megatron_mlr1.data.merge import find_corpora, merge
+from megatron_mlr1.data.provenance import read_record, verify
 from megatron_mlr1.errors import ConfigError, DataError, MachineError
 from tests.support.corpora import (
     MORE_THAN_A_BLOCK,
@@ -18,6 +19,7 @@ from tests.support.corpora import (
     write_corpus,
     write_random_corpus,
 )
+from tests.support.records import write_record_of
 
 
 @pytest.fixture
@@ -200,3 +202,46 @@ def test_inputs_that_are_none_are_refused(
     write_corpus(tmp_path / "both", [1], [1])
     with pytest.raises(kind, match=message):
         find_corpora([f"{tmp_path}/{name}" for name in given])
+
+
+def test_records_are_joined_with_their_corpora(three: list[str], tmp_path: Path) -> None:
+    for number, prefix in enumerate(three):
+        write_record_of(prefix, rejected=number, shuffled=1, shard=(number, 3), plan="abc")
+    merge(three, f"{tmp_path}/out")
+    record = read_record(f"{tmp_path}/out")
+    assert record is not None
+    verify(f"{tmp_path}/out", record, "full")
+    assert (record.documents, record.sequences, record.tokens) == (6, 7, 17)
+    assert (record.rejected, record.shuffled, record.shard, record.plan) == (3, None, None, None)
+    assert [one["path"] for one in record.inputs] == [f"{prefix}.jsonl" for prefix in three]
+
+
+def test_one_corpus_alone_keeps_what_its_record_says(three: list[str], tmp_path: Path) -> None:
+    before = write_record_of(three[0], shuffled=4, tail_fraction=1 / 32, plan="abc")
+    merge(three[:1], f"{tmp_path}/out")
+    assert read_record(f"{tmp_path}/out") == before
+
+
+def test_a_corpus_without_a_record_makes_one_without(three: list[str], tmp_path: Path) -> None:
+    write_record_of(three[0])
+    merge(three[:1], f"{tmp_path}/out")
+    merge(three, f"{tmp_path}/out", overwrite=True)
+    assert names(tmp_path) == ["in", "out.bin", "out.idx"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tokenizer": {"type": "ByteLevelTokenizer", "sha256": "1"}}, "in/c .*another tokenizer"),
+        ({"append_eod": True}, "in/c .*another --append-eod .True. than .*in/a .False."),
+        ({"kind": "packs"}, "in/c holds packed samples"),
+    ],
+)
+def test_corpora_of_other_makers_are_refused(
+    fields: dict[str, object], message: str, three: list[str], tmp_path: Path
+) -> None:
+    write_record_of(three[0])
+    write_record_of(three[2], **fields)
+    with pytest.raises((DataError, ConfigError), match=message):
+        merge(three, f"{tmp_path}/out")
+    assert names(tmp_path) == ["in"]

@@ -1,92 +1,137 @@
 import gzip
 import json
+import random
 from pathlib import Path
 
 import pytest
+import zstandard
 
-from megatron_mlr1.data.records import LineBatch, find_files, parse_texts, read_batches
+from megatron_mlr1.data.inputs import Unit, find_units
+from megatron_mlr1.data.records import read_lines
+from megatron_mlr1.data.texts import TextBatch
 from megatron_mlr1.errors import DataError
 
 GOOD = b'{"text": "good"}\n'
+ENDINGS = [".jsonl", ".jsonl.gz", ".jsonl.zst"]
 
 
-def batch(*lines: bytes) -> LineBatch:
-    return LineBatch(Path("corpus.jsonl"), 7, list(lines), sum(map(len, lines)))
+def packed(data: bytes, ending: str) -> bytes:
+    """Data as a file of this ending has it: in two members, or frames."""
+    half = len(data) // 2
+    if ending.endswith(".gz"):
+        return gzip.compress(data[:half]) + gzip.compress(data[half:])
+    if ending.endswith(".zst"):
+        return zstandard.compress(data[:half]) + zstandard.compress(data[half:])
+    return data
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
-def test_lines_come_in_order_with_their_numbers(suffix: str, tmp_path: Path) -> None:
-    path = tmp_path / f"c{suffix}"
-    lines = [json.dumps({"text": "x" * (index % 50)}).encode() + b"\n" for index in range(1000)]
+def some_lines(number: int) -> list[bytes]:
+    draw = random.Random(5)
+    texts = ["é" * draw.choice([0, 3, 30, 300, 3000]) for _ in range(number)]
+    lines = [
+        json.dumps({"text": text, "n": str(n)}).encode() + b"\n" for n, text in enumerate(texts)
+    ]
     lines[-1] = lines[-1].rstrip()
-    data = b"".join(lines)
-    path.write_bytes(gzip.compress(data) if suffix.endswith("gz") else data)
+    return lines
 
-    batches = list(read_batches(path, num_bytes=1000))
+
+def read(path: Path, skip: int = 0, num_bytes: int = 1000) -> list[TextBatch]:
+    [unit] = find_units([str(path)])
+    return list(read_lines(unit, ["text", "n"], skip, num_bytes))
+
+
+def numbers(batches: list[TextBatch]) -> list[str]:
+    return [text for batch in batches for text in batch.texts["n"].texts]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_every_line_comes_once_in_order_with_its_place(ending: str, tmp_path: Path) -> None:
+    lines = some_lines(500)
+    path = tmp_path / f"c{ending}"
+    path.write_bytes(packed(b"".join(lines), ending))
+
+    batches = read(path)
 
     assert len(batches) > 10
-    assert [line for part in batches for line in part.lines] == lines
-    assert [part.first_line for part in batches[1:]] == [
-        part.first_line + len(part.lines) for part in batches[:-1]
-    ]
-    assert sum(part.num_stored_bytes for part in batches) == path.stat().st_size
+    assert numbers(batches) == [str(n) for n in range(500)]
+    texts = [text for batch in batches for text in batch.texts["text"].texts]
+    assert texts == [json.loads(line)["text"] for line in lines]
+    places = [batch.where(n) for batch in batches for n in range(batch.num_records)]
+    assert places == [f"{path}:{n + 1}" for n in range(500)]
+    assert sum(batch.stored_bytes for batch in batches) == path.stat().st_size
+    assert batches[-1].offset == sum(map(len, lines))
 
 
-def test_an_empty_file_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_reading_goes_on_at_any_border(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"c{ending}"
+    path.write_bytes(packed(b"".join(some_lines(200)), ending))
+    batches = read(path)
+    for index, batch in enumerate(batches):
+        rest = read(path, batch.offset)
+        assert numbers(batches[: index + 1]) + numbers(rest) == [str(n) for n in range(200)]
+        if rest:
+            assert rest[0].where(0) == f"{path}:{len(numbers(batches[: index + 1])) + 1}"
+            assert rest[-1].offset == batches[-1].offset
+
+
+def test_a_line_belongs_to_the_stretch_in_which_it_begins(tmp_path: Path) -> None:
     path = tmp_path / "c.jsonl"
-    path.touch()
-    with pytest.raises(DataError, match=r"c\.jsonl is empty"):
-        list(read_batches(path))
+    lines = some_lines(30)
+    path.write_bytes(b"".join(lines))
+    size = path.stat().st_size
+    for cut in [*range(0, 200), *range(200, size, 397), size]:
+        parts = [(0, cut), (cut, size)]
+        units = [Unit(str(path), "jsonl", begin, end, end - begin) for begin, end in parts]
+        found = [list(read_lines(unit, ["text", "n"], 0, 1000)) for unit in units]
+        assert numbers(found[0]) + numbers(found[1]) == [str(n) for n in range(30)]
+        begins = [sum(map(len, lines[:n])) for n in range(30)]
+        assert len(numbers(found[0])) == sum(begin < cut for begin in begins)
+        if found[1]:
+            assert found[1][0].where(0) == f"{path}:{len(numbers(found[0])) + 1}"
 
 
-@pytest.mark.parametrize("damage", ["cut", "no gzip"])
-def test_a_damaged_gzip_file_is_refused(damage: str, tmp_path: Path) -> None:
-    path = tmp_path / "c.jsonl.gz"
-    path.write_bytes(gzip.compress(GOOD * 1000)[:-9] if damage == "cut" else GOOD)
-    with pytest.raises(DataError, match=r"c\.jsonl\.gz:1: cannot be read"):
-        list(read_batches(path))
-
-
-def test_a_path_or_a_pattern_names_files_sorted_by_name(tmp_path: Path) -> None:
-    for name in ("b.jsonl", "a.jsonl", "c.txt", "[odd].jsonl"):
-        (tmp_path / name).touch()
-    (tmp_path / "d.jsonl").mkdir()
-
-    assert find_files(f"{tmp_path}/c.txt") == [tmp_path / "c.txt"]
-    assert find_files(f"{tmp_path}/[odd].jsonl") == [tmp_path / "[odd].jsonl"]
-    found = [path.name for path in find_files(f"{tmp_path}/*.jsonl")]
-    assert found == ["[odd].jsonl", "a.jsonl", "b.jsonl"]
-    for pattern in (f"{tmp_path}/x*.jsonl", f"{tmp_path}/missing.jsonl", str(tmp_path)):
-        with pytest.raises(DataError, match="no such file"):
-            find_files(pattern)
-
-
-def test_texts_are_taken_by_key() -> None:
-    lines = batch(
-        b'{"text": "one", "title": "1"}\n',
-        b'{"title": "", "text": ["two", "three"], "other": 3}\r\n',
-        b' {"text": "\\u00e9 \\ud83d\\ude42 \xc3\xa9", "title": []} ',
+def test_texts_are_taken_by_key_and_may_be_lists(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_bytes(
+        b'{"text": "one", "n": "1"}\n'
+        b'{"n": "", "text": ["two", "three"], "other": 3}\r\n'
+        b' {"text": "\\u00e9 \\ud83d\\ude42 \xc3\xa9", "n": []} \n'
     )
-    assert parse_texts(lines, ["text", "title"]) == [
-        {"text": ["one"], "title": ["1"]},
-        {"text": ["two", "three"], "title": [""]},
-        {"text": ["é 🙂 é"], "title": []},
-    ]
+    [batch] = read(path)
+    assert batch.texts["text"].texts == ["one", "two", "three", "é 🙂 é"]
+    assert batch.texts["text"].counts == [1, 2, 1]
+    assert batch.texts["n"].texts == ["1", ""]
+    assert batch.texts["n"].counts == [1, 1, 0]
+    assert [batch.texts["text"].document_of(text) for text in range(4)] == [0, 1, 1, 2]
+
+
+def test_a_record_is_what_pythons_parser_makes_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_bytes(
+        b'{"text": "first", "n": "a", "text": "last"}\n'
+        b'{"text": "kept", "n": "b", "score": NaN, "other": [Infinity, -Infinity, 1e999]}\n'
+        b'{"text": "big", "n": "c", "id": 123456789012345678901234567890}\n'
+    )
+    [batch] = read(path)
+    assert batch.texts["text"].texts == ["last", "kept", "big"]
+    assert not batch.rejected
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("line", "reason"),
     [
-        (b"\n", "blank line"),
-        (b" \t\r\n", "blank line"),
+        (b"", "blank line"),
+        (b" \t\r", "blank line"),
         (b'{"text": "cut', "not JSON"),
         (b'{"text": "a"} {"text": "b"}', "not JSON"),
         (b'{"text": "a\x00b"}', "not JSON"),
         (b"[" * 100_000, "not JSON"),
         (b'\xef\xbb\xbf{"text": "a"}', "not JSON"),
-        (b'["text"]', "JSON list where an object is needed"),
-        (b"null", "JSON NoneType where an object is needed"),
-        (b'{"txt": "a", "id": 1}', r"no key 'text'; the line has \['id', 'txt'\]"),
+        (b'["text"]', "a JSON list where an object is needed"),
+        (b'"text"', "a JSON str where an object is needed"),
+        (b"null", "a JSON NoneType where an object is needed"),
+        (b'{"txt": "a", "id": 1}', "no key 'text'; the line has ['id', 'txt']"),
         (b'{"text": null}', "'text' holds a NoneType"),
         (b'{"text": 3}', "'text' holds a int"),
         (b'{"text": ["a", 3]}', "'text' holds a int"),
@@ -95,6 +140,42 @@ def test_texts_are_taken_by_key() -> None:
         (b'{"text": "ab\\ud83d"}', "character 3 of 'text' is half of a surrogate pair"),
     ],
 )
-def test_a_wrong_line_is_named_with_its_fault(line: bytes, message: str) -> None:
-    with pytest.raises(DataError, match=rf"^corpus\.jsonl:9: .*{message}"):
-        parse_texts(batch(GOOD, GOOD, line, GOOD), ["text"])
+def test_a_bad_line_is_named_with_its_fault_and_its_neighbours_are_kept(
+    line: bytes, reason: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_bytes(GOOD * 2 + line + b"\n" + GOOD)
+    [unit] = find_units([str(path)])
+    [batch] = read_lines(unit, ["text"], 0, 10**6)
+    assert batch.num_records == 4
+    assert batch.texts["text"].texts == ["good"] * 3
+    [rejected] = batch.rejected.values()
+    assert (rejected.where, rejected.raw) == (f"{path}:3", line)
+    assert rejected.reason.startswith(reason)
+    assert str(rejected.as_error()) == f"{path}:3: {rejected.reason}"
+    assert [batch.where(document) for document in range(3)] == [f"{path}:{n}" for n in (1, 2, 4)]
+
+
+@pytest.mark.parametrize(
+    ("ending", "damage"), [(".gz", "cut"), (".gz", "other"), (".zst", "cut"), (".zst", "other")]
+)
+def test_a_damaged_file_is_refused(ending: str, damage: str, tmp_path: Path) -> None:
+    path = tmp_path / f"c.jsonl{ending}"
+    path.write_bytes(packed(GOOD * 1000, ending)[:-9] if damage == "cut" else GOOD)
+    with pytest.raises(DataError, match=rf"c\.jsonl\{ending}:\d+: cannot be read"):
+        read(path)
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_a_compressed_file_of_nothing_is_refused(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"c.jsonl{ending}"
+    path.write_bytes(packed(b"", ending))
+    with pytest.raises(DataError, match="is empty"):
+        read(path)
+
+
+def test_a_file_that_became_shorter_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl.gz"
+    path.write_bytes(packed(GOOD * 10, ".gz"))
+    with pytest.raises(DataError, match="ends 30 bytes before the place"):
+        read(path, skip=len(GOOD) * 10 + 30)

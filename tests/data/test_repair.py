@@ -5,9 +5,11 @@ import pytest
 
 from megatron_mlr1.data.check import check
 from megatron_mlr1.data.index import open_corpus
+from megatron_mlr1.data.provenance import read_record, verify
 from megatron_mlr1.data.repair import RepairPlan, repair
 from megatron_mlr1.errors import ConfigError, DataError
 from tests.support.corpora import contents, names, patch, place, write_corpus
+from tests.support.records import write_record_of
 
 
 @pytest.fixture
@@ -99,3 +101,19 @@ def test_a_sound_corpus_and_a_repair_in_place_are_refused(folder: Path) -> None:
     in_place = RepairPlan(input_prefix=f"{folder}/a", output_prefix=f"{folder}/a", overwrite=True)
     with pytest.raises(ConfigError, match="never changed in place"):
         repair(in_place)
+
+
+def test_a_mended_corpus_has_a_record_of_what_is_left(folder: Path) -> None:
+    write_record_of(f"{folder}/a", plan="abc")
+    os.truncate(folder / "a.bin", 19)
+    repair(plan(folder, truncate=True))
+    record = read_record(f"{folder}/out")
+    assert record is not None
+    verify(f"{folder}/out", record, "full")
+    assert (record.documents, record.sequences, record.tokens, record.plan) == (3, 3, 6, None)
+
+
+def test_packs_are_not_repaired(folder: Path) -> None:
+    write_record_of(f"{folder}/a", kind="packs")
+    with pytest.raises(ConfigError, match=r"packed samples.*tools/repair_data\.py"):
+        repair(plan(folder))

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -6,6 +7,7 @@ from megatron_mlr1.data.check import check
 from megatron_mlr1.data.index import open_corpus
 from megatron_mlr1.data.merge import find_corpora, merge
 from megatron_mlr1.data.mixture import resolve
+from megatron_mlr1.data.provenance import read_record, verify
 from megatron_mlr1.data.shards import SplitPlan, split
 from megatron_mlr1.errors import ConfigError, DataError
 from megatron_mlr1.recipes import Corpus, Mixture
@@ -16,9 +18,10 @@ from tests.support.corpora import (
     write_corpus,
     write_random_corpus,
 )
+from tests.support.records import write_record_of
 
 
-def plan(folder: Path, **size: int | bool) -> SplitPlan:
+def plan(folder: Path, **size: Any) -> SplitPlan:
     return SplitPlan(input_prefix=f"{folder}/a", output_prefix=f"{folder}/out/s", **size)
 
 
@@ -108,3 +111,25 @@ def test_sizes_that_make_no_sense_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         plan(tmp_path, **size)
+
+
+def test_each_shard_says_of_what_it_is_a_part(folder: Path) -> None:
+    write_corpus(folder / "a", [3, 3, 3], [1, 1, 1])
+    whole = write_record_of(f"{folder}/a", rejected=2, shuffled=1, tail_fraction=1 / 32, plan="abc")
+    for number, shard in enumerate(split(plan(folder, num_shards=3))):
+        record = read_record(shard.prefix)
+        assert record is not None
+        verify(shard.prefix, record, "full")
+        assert record.part_of == {
+            "sha256": whole.files["bin"].sha256,
+            "first_document": number,
+        }
+        assert (record.documents, record.tokens, record.rejected) == (1, 3, 0)
+        assert (record.shuffled, record.tail_fraction, record.plan) == (1, None, None)
+
+
+def test_packs_are_not_split(folder: Path) -> None:
+    write_corpus(folder / "a", [3, 3, 3], [1, 1, 1])
+    write_record_of(f"{folder}/a", kind="packs")
+    with pytest.raises(ConfigError, match=r"packed samples.*tools/split_data\.py"):
+        split(plan(folder, num_shards=3))

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_mlr1.data.tokenizers import (
     LOADERS,
+    TIKTOKEN_SPECIAL,
     RustTokenizer,
     TokenizerPlan,
     TransformersTokenizer,
@@ -110,6 +111,60 @@ def test_sentencepiece_ids_are_those_of_the_engine(
     assert_equals_the_engine(plan, texts)
 
 
+@pytest.mark.parametrize("pattern", ["v1", "v2"])
+@pytest.mark.parametrize("special", [(), ("<tool>", "<call>")])
+def test_tiktoken_ids_are_those_of_the_engine(
+    pattern: str,
+    special: tuple[str, ...],
+    texts: list[str],
+    tiktoken_ranks: Path,
+    assert_equals_the_engine: Compare,
+) -> None:
+    plan = TokenizerPlan(
+        tokenizer_type="TikTokenizer",
+        tokenizer_model=str(tiktoken_ranks),
+        vocab_size=500,
+        tiktoken_pattern=pattern,
+        tiktoken_num_special_tokens=20,
+        special_tokens=(*TIKTOKEN_SPECIAL, *special),
+    )
+    assert_equals_the_engine(plan, [*texts, "a</s>b <SPECIAL_19> c<tool> 1234 I'LL"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "kind", "message"),
+    [
+        ({"vocab_size": 99_999}, DataError, "ranks do not count up"),
+        ({"tiktoken_pattern": "v3"}, ConfigError, "--tiktoken-pattern v3 is not one of v1, v2"),
+        ({"tiktoken_num_special_tokens": 6}, ConfigError, "must hold the 7 special tokens"),
+        ({"special_tokens": ("<s>",)}, ConfigError, "must hold each of <unk> <s> </s>"),
+    ],
+)
+def test_tiktoken_flags_that_cannot_be_are_refused(
+    flags: dict[str, Any], kind: type[Exception], message: str, tiktoken_ranks: Path
+) -> None:
+    flags = {"vocab_size": 500, "tiktoken_num_special_tokens": 20} | flags
+    plan = TokenizerPlan(
+        tokenizer_type="TikTokenizer", tokenizer_model=str(tiktoken_ranks), **flags
+    )
+    with pytest.raises(kind, match=message):
+        load_tokenizer(plan)
+
+
+def test_tiktoken_ranks_that_do_not_begin_with_the_bytes_are_refused(
+    tiktoken_ranks: Path, tmp_path: Path
+) -> None:
+    rows = json.loads(tiktoken_ranks.read_text())
+    rows[65]["token_bytes"], rows[66]["token_bytes"] = (
+        rows[66]["token_bytes"], rows[65]["token_bytes"],
+    )  # fmt: skip
+    path = tmp_path / "ranks.json"
+    path.write_text(json.dumps(rows))
+    plan = TokenizerPlan(tokenizer_type="TikTokenizer", tokenizer_model=str(path), vocab_size=1300)
+    with pytest.raises(DataError, match="are not the bytes in their order"):
+        load_tokenizer(plan)
+
+
 def test_byte_ids_are_those_of_the_engine(
     texts: list[str], assert_equals_the_engine: Compare
 ) -> None:
@@ -152,17 +207,19 @@ def test_a_damaged_tokenizer_json_is_refused(train_bpe: TrainBpe, tmp_path: Path
         load_tokenizer(TokenizerPlan(tokenizer_type=HF, tokenizer_model=str(folder)))
 
 
-def test_neither_torch_nor_the_engine_is_imported_for_a_plain_tokenizer(
+def test_torch_transformers_and_the_engine_are_not_imported_for_a_plain_tokenizer(
     train_bpe: TrainBpe, sentencepiece_model: Path, tmp_path: Path
 ) -> None:
     folder = train_bpe(tmp_path / "bpe", begins=True)
     program = (
         "import sys\n"
-        "from megatron_mlr1.data import preprocess\n"
+        "from megatron_mlr1.data import encode\n"
         "from megatron_mlr1.data.tokenizers import TokenizerPlan, load_tokenizer\n"
         f"for name, model in (('{HF}', {str(folder)!r}),\n"
         f"    ('SentencePieceTokenizer', {str(sentencepiece_model)!r})):\n"
-        "    load_tokenizer(TokenizerPlan(tokenizer_type=name, tokenizer_model=model))\n"
-        "assert not {'torch', 'megatron'} & set(sys.modules)\n"
+        "    plan = TokenizerPlan(tokenizer_type=name, tokenizer_model=model)\n"
+        "    load_tokenizer(plan)\n"
+        "    encode.describe_tokenizer(plan)\n"
+        "assert not {'torch', 'megatron', 'transformers', 'pyarrow'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -1,0 +1,94 @@
+import multiprocessing
+import threading
+import time
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_mlr1.data.pipeline import WorkerPool, run_ahead
+from megatron_mlr1.data.tokenizers import TokenizerPlan
+from megatron_mlr1.errors import DataError, MachineError
+
+BYTES = TokenizerPlan(tokenizer_type="ByteLevelTokenizer")
+
+
+def test_items_come_in_order_and_only_a_few_are_made_ahead() -> None:
+    made: list[int] = []
+
+    def numbers() -> Generator[int]:
+        for number in range(50):
+            made.append(number)
+            yield number
+
+    got = []
+    for number in run_ahead(numbers(), depth=2):
+        got.append(number)
+        time.sleep(0.001)
+        # One is asked for, two are ready, one waits for room.
+        assert len(made) <= number + 5
+    assert got == list(range(50))
+
+
+def test_an_error_comes_where_its_item_would_be() -> None:
+    def numbers() -> Generator[int]:
+        yield 1
+        yield 2
+        raise DataError("the third")
+
+    got: list[int] = []
+    with pytest.raises(DataError, match="the third"):
+        got.extend(run_ahead(numbers()))
+    assert got == [1, 2]
+
+
+def test_closing_ends_the_thread_and_what_it_ran() -> None:
+    closed = threading.Event()
+
+    def numbers() -> Generator[int]:
+        try:
+            yield from iter(int, 1)
+        finally:
+            closed.set()
+
+    before = threading.active_count()
+    ahead = run_ahead(run_ahead(numbers()))
+    assert [next(ahead) for _ in range(3)] == [0, 0, 0]
+    ahead.close()
+    assert closed.wait(timeout=10)
+    assert threading.active_count() == before
+
+
+def test_processes_encode_in_order_whatever_the_sizes() -> None:
+    batches = [[], ["x" * 700_000] * 5, ["a", "", "é"], *([f"{n}"] for n in range(30))]
+
+    def requests() -> Iterator[tuple[int, list[str]]]:
+        yield from enumerate(batches)
+
+    with WorkerPool(BYTES, 2) as pool:
+        answers = list(pool.encode_in_order(requests()))
+    assert [number for number, _ in answers] == list(range(len(batches)))
+    for (_, ids), texts in zip(answers, batches, strict=True):
+        encoded = [text.encode() for text in texts]
+        assert ids.lengths.tolist() == [len(each) for each in encoded]
+        assert ids.flat.astype("u1").tobytes() == b"".join(encoded)
+
+
+def test_a_tokenizer_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+    model = tmp_path / "no.model"
+    model.write_text("none")
+    plan = TokenizerPlan(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(model))
+    with WorkerPool(plan, 1) as pool, pytest.raises(DataError, match="is no SentencePiece model"):
+        pool.submit(["a"]).result()
+
+
+def test_a_dead_worker_ends_the_work() -> None:
+    def encode() -> None:
+        with WorkerPool(BYTES, 1) as pool:
+            pool.submit(["a"]).result()
+            for child in multiprocessing.active_children():
+                child.kill()
+            pool.submit(["b"]).result()
+
+    with pytest.raises(MachineError, match="worker process died"):
+        encode()
