@@ -1,0 +1,192 @@
+"""Which replicas there are: leases in a folder that all machines share, or a list of addresses.
+
+A replica keeps `NAME.lease` in the folder, rewritten by an atomic rename every third of its life
+and removed when the replica drains. A lease that has run out is not read any more, and is swept by
+the replicas. Clocks of the machines may differ by less than `LEASE_S`.
+"""
+
+import json
+import os
+import re
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+from megatron_mlr1.errors import MachineError, TeacherError
+
+LEASE_S: Final = 15.0
+"""Life of a lease from its last renewal."""
+RESCAN_S: Final = 2.0
+"""Time between two looks at a pool."""
+SWEEP_AFTER_S: Final = 60.0
+"""A lease that ran out so long ago belongs to nobody."""
+MAX_LEASE_BYTES: Final = 4096
+_SUFFIX: Final = ".lease"
+_ADDRESS: Final = re.compile(r"tcp://(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):(\d{1,5})|ipc://.+")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lease:
+    """A replica as its students see it."""
+
+    name: str
+    """The replica's own: host, process and place."""
+    endpoint: str
+    """A ZeroMQ address to connect to."""
+    fingerprint: str = ""
+    """The teacher's, 32 hex digits; empty where only a connection will tell."""
+    public_key: str = ""
+    """The pool's CURVE key, 40 characters; empty where the pool has none or the lease is from a
+    list. A student compares it with the key file it trusts, and does not take it from here."""
+    expires: float = float("inf")
+    """Seconds since 1970."""
+
+
+class Pool(Protocol):
+    """A set of replicas that changes while one looks."""
+
+    def leases(self) -> list[Lease]:
+        """Give the replicas that are there now, by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class AddressPool:
+    """Replicas at fixed addresses; one that does not answer is the student's to find out."""
+
+    addresses: tuple[str, ...]
+
+    def leases(self) -> list[Lease]:
+        """Give one lease for each address."""
+        return [Lease(name=address, endpoint=address) for address in self.addresses]
+
+
+@dataclass(frozen=True, slots=True)
+class FolderPool:
+    """Replicas that hold a lease in a folder."""
+
+    folder: Path
+
+    def leases(self) -> list[Lease]:
+        """Read the leases that have not run out; a file that is no lease is passed over.
+
+        Raises:
+            MachineError: the folder cannot be read.
+        """
+        now = time.time()
+        found = (_read(path) for path in _lease_files(self.folder))
+        return [lease for lease in found if lease is not None and lease.expires > now]
+
+
+def open_pool(where: str) -> Pool:
+    """Open a pool by its folder, or by `tcp://HOST:PORT[,HOST:PORT...]`.
+
+    Raises:
+        TeacherError: an address is none, or the folder is missing.
+    """
+    if "://" not in where:
+        folder = Path(where)
+        if not folder.is_dir():
+            raise TeacherError(
+                f"{where} is no folder; a pool is the folder that tools/serve_teacher.py was given "
+                "by --pool, or tcp://HOST:PORT,HOST:PORT. Make it, or name the right one."
+            )
+        return FolderPool(folder)
+    scheme = where.split("://", 1)[0]
+    addresses = [
+        part if "://" in part else f"{scheme}://{part}" for part in where.split(",") if part
+    ]
+    for address in addresses:
+        match = _ADDRESS.fullmatch(address)
+        if match is None or (match[2] and not 0 < int(match[2]) < 65536):
+            raise TeacherError(
+                f"{address} is no address of a replica; write tcp://HOST:PORT[,HOST:PORT...]."
+            )
+    return AddressPool(tuple(addresses))
+
+
+class LeaseKeeper:
+    """Keeps one replica's lease fresh; called from time to time by the replica's own loop."""
+
+    def __init__(self, folder: Path, lease: Lease, life_s: float = LEASE_S) -> None:
+        """Prepare; nothing is written before `keep`.
+
+        Args:
+            folder: the pool.
+            lease: what it says; `expires` is set anew with every renewal.
+            life_s: of the lease, from one renewal.
+
+        Raises:
+            MachineError: the folder cannot be made.
+        """
+        self._folder, self._lease, self._life_s = folder, lease, life_s
+        self._path = folder / f"{lease.name}{_SUFFIX}"
+        self._renew_at = 0.0
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _cannot(folder, error) from error
+
+    def keep(self) -> None:
+        """Renew the lease where a third of its life is over, and sweep dead ones.
+
+        Raises:
+            MachineError: the folder cannot be written.
+        """
+        if time.monotonic() < self._renew_at:
+            return
+        self._renew_at = time.monotonic() + self._life_s / 3
+        fields = asdict(self._lease) | {"expires": time.time() + self._life_s}
+        partial = self._path.with_suffix(".partial")
+        try:
+            partial.write_text(json.dumps(fields), "utf-8")
+            partial.replace(self._path)
+        except OSError as error:
+            raise _cannot(self._folder, error) from error
+        self._sweep()
+
+    def give_up(self) -> None:
+        """Remove the lease: no student comes any more."""
+        with suppress(OSError):
+            self._path.unlink(missing_ok=True)
+
+    def _sweep(self) -> None:
+        now = time.time()
+        for path in _lease_files(self._folder):
+            lease = _read(path)
+            if lease is not None and lease.expires + SWEEP_AFTER_S < now:
+                with suppress(OSError):  # another replica was faster
+                    path.unlink()
+
+
+def _lease_files(folder: Path) -> list[Path]:
+    try:
+        names = sorted(name for name in os.listdir(folder) if name.endswith(_SUFFIX))
+    except OSError as error:
+        raise _cannot(folder, error) from error
+    return [folder / name for name in names]
+
+
+def _read(path: Path) -> Lease | None:
+    """Read a lease; None for what is gone by now, or is no lease."""
+    try:
+        with path.open("rb") as file:
+            fields = json.loads(file.read(MAX_LEASE_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(fields, dict) or fields.keys() != Lease.__dataclass_fields__.keys():
+        return None
+    expires = fields.pop("expires")
+    if type(expires) is not float or not all(type(value) is str for value in fields.values()):
+        return None
+    if _ADDRESS.fullmatch(fields["endpoint"]) is None:
+        return None
+    return Lease(**fields, expires=expires)
+
+
+def _cannot(folder: Path, error: OSError) -> MachineError:
+    return MachineError(
+        f"{folder}: {error.strerror}. A pool is a folder that all replicas can write and all "
+        "students can read; mend that, or name another by --pool."
+    )

@@ -1,0 +1,148 @@
+"""What a supervisor serves and where: devices, addresses, keys, and which of them are refused."""
+
+import os
+import re
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from megatron_mlr1.errors import ConfigError
+from megatron_mlr1.teacher.keys import read_pool_keys
+
+_TCP: Final = re.compile(r"tcp://(\[[0-9A-Fa-f:]+\]|[^:\[\]]+):(\d+|\*)")
+_ANY: Final = frozenset({"*", "0.0.0.0", "[::]", "[0:0:0:0:0:0:0:0]"})
+_LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "lo", "[::1]"})
+
+
+def parse_devices(words: str) -> tuple[str, ...]:
+    """Read `0-7`, `0,2,5`, `cpu` or `cpu:3` (three replicas on the CPU) as torch's names.
+
+    Raises:
+        ConfigError: it is none of them, or names a device twice.
+    """
+    match = re.fullmatch(r"cpu(?::([1-9]\d{0,2}))?", words)
+    if match:
+        return ("cpu",) * int(match[1] or 1)
+    numbers: list[int] = []
+    for part in words.split(","):
+        match = re.fullmatch(r"(\d{1,3})(?:-(\d{1,3}))?", part)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise ConfigError(
+                f"--devices is {words!r}; it must be like 0-7, 0,2,5, cpu or cpu:3. Correct it."
+            )
+        numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
+    if len(set(numbers)) < len(numbers):
+        raise ConfigError(f"--devices {words} names a device twice; each has one replica.")
+    return tuple(f"cuda:{number}" for number in numbers)
+
+
+def host_of(address: str) -> str | None:
+    """Give the host or interface of a tcp address, None for ipc.
+
+    Raises:
+        ConfigError: it is no address.
+    """
+    if address.startswith("ipc://") and len(address) > len("ipc://"):
+        return None
+    match = _TCP.fullmatch(address)
+    if match is None or (match[2] != "*" and int(match[2]) > 65535):
+        raise ConfigError(
+            f"{address!r} is no address to bind; write tcp://INTERFACE:PORT, with * for a free "
+            "port, or ipc://PATH."
+        )
+    return match[1]
+
+
+def is_local(address: str) -> bool:
+    """Whether only this machine can reach the address."""
+    return host_of(address) in (_LOOPBACK | {None})
+
+
+def address_of(address: str, index: int) -> str:
+    """Give the address of the replica of that index: the next port, or the next path."""
+    match = _TCP.fullmatch(address)
+    if match is None:
+        return f"{address}.{index}" if index else address
+    port = match[2] if match[2] in ("*", "0") else str(int(match[2]) + index)
+    return f"tcp://{match[1]}:{port}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServePlan:
+    """One machine's replicas."""
+
+    model: Path
+    """Hugging Face folder."""
+    devices: tuple[str, ...]
+    """One replica for each, by torch's names."""
+    bind: str
+    """Address of the first replica; the others take the next ports."""
+    pool: Path | None
+    """Folder of leases; None lets students name the addresses."""
+    keys: Path | None
+    """Folder of keys; None needs `insecure_loopback`."""
+    dtype: str = "bfloat16"
+    data_bind: str | None = None
+    """First address of the open ports for targets."""
+    advertise: str | None = None
+    """Host that students connect to, where it is not the one of `bind`."""
+    max_queue_tokens: int = 262_144
+    held_bytes: int = 2 * 2**30
+    drain_s: float = 120.0
+    insecure_loopback: bool = False
+    bind_any: bool = False
+
+    def __post_init__(self) -> None:
+        for address in filter(None, (self.bind, self.data_bind)):
+            if host_of(address) in _ANY and not (self.bind_any and self.advertise):
+                raise ConfigError(
+                    f"{address} listens on every interface of this machine. Name the interface "
+                    "that the students reach, tcp://INTERFACE:PORT, or say --bind-any and the "
+                    "host that they connect to, --advertise HOST."
+                )
+        if self.keys is None and self.data_bind is not None:
+            raise ConfigError(
+                "--open-data-bind without --keys: the key that seals replies travels over the "
+                "encrypted port, and there is none. Give --keys DIR."
+            )
+        if self.keys is None and not (self.insecure_loopback and is_local(self.bind)):
+            raise ConfigError(
+                f"serving {self.bind} without keys: everyone who reaches the address could use and "
+                "exhaust the teacher. Make keys with tools/teacher_keys.py and give --keys DIR; on "
+                "this machine alone (127.0.0.1 or ipc) --insecure-loopback does without."
+            )
+        if self.keys is not None:
+            if self.insecure_loopback:
+                raise ConfigError("--keys and --insecure-loopback contradict each other. Drop one.")
+            read_pool_keys(self.keys)
+        if min(self.max_queue_tokens, self.held_bytes) < 1 or not self.drain_s > 0:
+            raise ConfigError(
+                f"a queue of {self.max_queue_tokens} tokens, {self.held_bytes} bytes of replies, "
+                f"{self.drain_s} s to drain: all must be positive. Correct them."
+            )
+
+
+def place_of(plan: ServePlan, index: int, starts: int) -> dict[str, Any]:
+    """Give what one replica's process must know, as JSON can hold it.
+
+    Args:
+        plan: of the machine.
+        index: which of its devices.
+        starts: how often this place was started before; part of the name, because a replica that
+            starts again is another one.
+    """
+    return {
+        "name": f"{socket.gethostname()}-{os.getpid()}-{index}-{starts}",
+        "model": str(plan.model),
+        "device": plan.devices[index],
+        "dtype": plan.dtype,
+        "bind": address_of(plan.bind, index),
+        "data_bind": None if plan.data_bind is None else address_of(plan.data_bind, index),
+        "advertise": plan.advertise,
+        "keys": None if plan.keys is None else str(plan.keys),
+        "pool": None if plan.pool is None else str(plan.pool),
+        "max_queue_tokens": plan.max_queue_tokens,
+        "held_bytes": plan.held_bytes,
+        "drain_s": plan.drain_s,
+    }

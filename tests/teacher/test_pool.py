@@ -1,0 +1,122 @@
+import json
+import time
+
+import pytest
+
+from megatron_mlr1.errors import MachineError, TeacherError
+from megatron_mlr1.teacher.pool import (
+    LEASE_S,
+    AddressPool,
+    FolderPool,
+    Lease,
+    LeaseKeeper,
+    open_pool,
+)
+
+LEASE = Lease(name="a", endpoint="tcp://10.0.0.1:5555", fingerprint="f" * 32, public_key="k" * 40)
+
+
+def write(folder, name, **changes):
+    fields = {
+        "name": name,
+        "endpoint": "tcp://10.0.0.1:5555",
+        "fingerprint": "",
+        "public_key": "",
+        "expires": time.time() + 60,
+    }
+    (folder / f"{name}.lease").write_text(json.dumps(fields | changes))
+
+
+def test_a_kept_lease_is_found_and_a_given_up_one_is_not(tmp_path):
+    keeper = LeaseKeeper(tmp_path / "pool", LEASE)
+    pool = open_pool(str(tmp_path / "pool"))
+    assert pool.leases() == []
+    keeper.keep()
+    (found,) = pool.leases()
+    assert (found.name, found.endpoint) == (LEASE.name, LEASE.endpoint)
+    assert (found.fingerprint, found.public_key) == (LEASE.fingerprint, LEASE.public_key)
+    assert 0 < found.expires - time.time() <= LEASE_S
+    keeper.give_up()
+    assert pool.leases() == []
+    assert not list((tmp_path / "pool").iterdir())
+
+
+def test_a_lease_is_renewed_before_it_runs_out(tmp_path):
+    keeper = LeaseKeeper(tmp_path, LEASE, life_s=0.3)
+    keeper.keep()
+    first = FolderPool(tmp_path).leases()[0].expires
+    keeper.keep()
+    assert FolderPool(tmp_path).leases()[0].expires == first
+    time.sleep(0.12)
+    keeper.keep()
+    assert FolderPool(tmp_path).leases()[0].expires > first
+
+
+def test_a_lease_that_has_run_out_is_passed_over_and_swept(tmp_path):
+    write(tmp_path, "just", expires=time.time() - 1)
+    write(tmp_path, "long", expires=time.time() - 1000)
+    write(tmp_path, "good")
+    assert [lease.name for lease in FolderPool(tmp_path).leases()] == ["good"]
+    LeaseKeeper(tmp_path, LEASE).keep()
+    assert {path.stem for path in tmp_path.iterdir()} == {"a", "good", "just"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "[" * 4000,
+        "{}",
+        '{"name": 1}',
+        "x" * 10_000,
+    ],
+)
+def test_a_file_that_is_no_lease_is_passed_over(tmp_path, text):
+    (tmp_path / "bad.lease").write_text(text)
+    write(tmp_path, "good")
+    assert [lease.name for lease in FolderPool(tmp_path).leases()] == ["good"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"endpoint": "http://10.0.0.1:1"},
+        {"endpoint": 5},
+        {"expires": "soon"},
+        {"expires": True},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_a_lease_with_wrong_fields_is_passed_over(tmp_path, changes):
+    write(tmp_path, "bad", **changes)
+    assert FolderPool(tmp_path).leases() == []
+
+
+def test_a_list_of_addresses_is_a_pool():
+    pool = open_pool("tcp://host-a:5555,host-b:5556,tcp://[::1]:7")
+    assert isinstance(pool, AddressPool)
+    assert [lease.endpoint for lease in pool.leases()] == [
+        "tcp://host-a:5555",
+        "tcp://host-b:5556",
+        "tcp://[::1]:7",
+    ]
+    assert open_pool("ipc:///tmp/teacher").leases()[0].endpoint == "ipc:///tmp/teacher"
+
+
+@pytest.mark.parametrize(
+    "where", ["tcp://", "tcp://host", "tcp://h:0", "tcp://h:99999", "udp://h:1"]
+)
+def test_an_address_that_is_none_is_refused(where):
+    with pytest.raises(TeacherError):
+        open_pool(where)
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(TeacherError, match="no folder"):
+        open_pool(str(tmp_path / "missing"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MachineError):
+        LeaseKeeper(tmp_path / "file", LEASE)
