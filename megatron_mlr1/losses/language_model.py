@@ -1,7 +1,35 @@
 """The language-model loss of one micro-batch, as the engine's schedules take it."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from megatron_mlr1.losses.vocab_parallel import (
+    Deliver,
+    TensorParallel,
+    add_to_grad,
+    wanted,
+    with_gradients,
+)
+from megatron_mlr1.ops.head_chunks import Chunks
+from megatron_mlr1.ops.linear_cross_entropy import linear_cross_entropy
+from megatron_mlr1.ops.wide_matmul import wide_dtype
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MicroBatchLoss:
+    """What a micro-batch gives to the engine."""
+
+    total: Tensor
+    """Sum over the tokens that count, scalar, fp32; the gradient flows from it."""
+
+    tokens: Tensor
+    """How many count, int32 scalar: what the engine divides by."""
+
+    report: dict[str, Tensor]
+    """For the log: [sum, tokens] by name, fp32. The engine adds them up over micro-batches and
+    ranks before it divides, so that each token weighs the same wherever it was."""
 
 
 def masked_sum(losses: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -12,9 +40,7 @@ def masked_sum(losses: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor, dict[
         loss_mask: 1 where the token counts and 0 where not, as many elements as `losses`.
 
     Returns:
-        the sum in fp32 (scalar); the number of tokens (int32 scalar); and for the log
-        `{"lm loss": [sum, tokens]}`, which the engine adds up over micro-batches and ranks before
-        it divides, so that each token weighs the same wherever it was.
+        the fields of a `MicroBatchLoss` in their order, with `{"lm loss": [sum, tokens]}`.
     """
     mask = loss_mask.reshape(-1).float()
     total = torch.sum(losses.reshape(-1).float() * mask)
@@ -22,3 +48,52 @@ def masked_sum(losses: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor, dict[
     # The schedules divide the loss in place, so the log takes a copy.
     report = torch.stack((total.detach().clone(), tokens))
     return total, tokens.to(torch.int), {"lm loss": report}
+
+
+def counted_rows(*masks_N: Tensor) -> Tensor:
+    """Give the places, int64, of the tokens that any of the masks counts; waits for the device."""
+    counted_N = masks_N[0] != 0
+    for mask_N in masks_N[1:]:
+        counted_N = counted_N | (mask_N != 0)
+    return counted_N.nonzero()[:, 0]
+
+
+def linear_language_model_loss(
+    hidden: Tensor,
+    weight_VD: Tensor,
+    labels: Tensor,
+    loss_mask: Tensor,
+    *,
+    parallel: TensorParallel,
+    chunks: Chunks | None = None,
+    z_loss: float = 0.0,
+    deliver: Deliver = add_to_grad,
+) -> MicroBatchLoss:
+    """Compute head and loss together, without a tensor of tokens x vocabulary.
+
+    Args:
+        hidden: [..., D]; this process's part of the tokens, if sequences are split.
+        weight_VD: this process's rows of the head, padding included.
+        labels: ids, as many elements as there are tokens in all parts, in the same order.
+        loss_mask: 1 where a token counts and 0 where not, like `labels`.
+        parallel: how the head is split.
+        chunks: which tokens take part; None leaves out the masked ones, for which it waits for
+            the device once.
+        z_loss: factor of (log sum exp)^2 in the loss; the log has the cross-entropy alone.
+        deliver: what becomes of the head's gradient.
+    """
+    mask_N = loss_mask.reshape(-1).to(wide_dtype(weight_VD.dtype))
+    result = linear_cross_entropy(
+        parallel.gathered(hidden.detach()).reshape(-1, hidden.size(-1)),
+        weight_VD.detach(),
+        labels.reshape(-1),
+        mask_N,
+        shard=parallel.shard(weight_VD.size(0)),
+        chunks=chunks or Chunks(rows=counted_rows(mask_N)),
+        wanted=wanted(hidden, weight_VD),
+        z_loss=z_loss,
+    )
+    total = with_gradients(result.total, hidden, weight_VD, result.gradients, parallel, deliver)
+    tokens = mask_N.sum()
+    report = torch.stack(((result.losses * mask_N).sum(), tokens)).float()
+    return MicroBatchLoss(total=total, tokens=tokens.to(torch.int), report={"lm loss": report})

@@ -2,7 +2,8 @@
 
 import torch
 
-from megatron_mlr1.losses.language_model import masked_sum
+from megatron_mlr1.losses.language_model import linear_language_model_loss, masked_sum
+from megatron_mlr1.losses.vocab_parallel import TensorParallel
 
 
 def test_only_tokens_that_count_are_summed():
@@ -32,3 +33,39 @@ def test_half_precision_losses_are_summed_in_fp32():
     total, _, _ = masked_sum(torch.full((4096,), 10.0, dtype=torch.bfloat16), torch.ones(4096))
     assert total.dtype == torch.float32
     assert total.item() == 40960.0
+
+
+def fused(hidden, weight, labels, mask):
+    parallel = TensorParallel(group=None, num_ids=weight.size(0))
+    return linear_language_model_loss(hidden, weight, labels, mask, parallel=parallel)
+
+
+def test_head_and_loss_in_one_are_head_and_masked_sum():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(6, 2, 8), torch.randn(30, 8)
+    labels, mask = torch.randint(0, 30, (6, 2)), torch.randint(0, 2, (6, 2))
+    pairs = []
+    for way in (fused, None):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        if way is None:
+            z = (h @ w.T).flatten(0, 1)
+            losses = torch.nn.functional.cross_entropy(z, labels.flatten(), reduction="none")
+            total, tokens, report = masked_sum(losses, mask)
+        else:
+            done = way(h, w, labels, mask)
+            total, tokens, report = done.total, done.tokens, done.report
+        # As the schedules do, in place.
+        total /= tokens
+        total.backward()
+        pairs.append((total.detach(), tokens, report["lm loss"], h.grad, w.grad))
+    for ours, theirs in zip(*pairs, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_batch_in_which_nothing_counts_has_zero_gradients():
+    hidden = torch.randn(4, 8, requires_grad=True)
+    done = fused(hidden, torch.randn(30, 8), torch.full((4,), -100), torch.zeros(4))
+    done.total.backward()
+    assert (done.total.item(), done.tokens.item()) == (0.0, 0)
+    assert hidden.grad is not None
+    assert not hidden.grad.any()

@@ -1,0 +1,192 @@
+r"""Row arithmetic of `linear_kl`: what one chunk of logits of student and teacher goes through.
+
+Three ops, which compiled rows may replace: `mlr1::kl_partials` and, for the JSD alone,
+`mlr1::jsd_partials` read both rows of logits; `mlr1::kl_gradient_` reads both and overwrites the
+student's. The formulas and their names stand in `linear_kl`.
+"""
+
+import torch
+from torch import Tensor
+
+import megatron_mlr1.ops.extension  # noqa: F401  registers the compiled rows
+from megatron_mlr1.ops.cross_entropy_rows import add_at_, logit_at, top_of
+from megatron_mlr1.ops.head_chunks import row_blocks
+
+HEAD_PROBABILITY = 2.0**-10
+"""Ids to which the teacher gives at least this much are the head of its distribution, the others
+its tail. A bound and not a rank: it needs no sorting, and shards can tell without asking."""
+
+PARTIALS = 12
+
+
+@torch.library.custom_op("mlr1::kl_partials", mutates_args=())
+def kl_partials(
+    student_CV: Tensor, teacher_CV: Tensor, label_C: Tensor, temperature: float, reverse: bool
+) -> Tensor:
+    """Summarise the rows of one shard, fp32 or fp64.
+
+    Args:
+        student_CV: z.
+        teacher_CV: t.
+        label_C: column of the label, int64; -1 where another shard has it, which counts as zero.
+        temperature: T.
+        reverse: whether the cross sum is the reverse divergence's.
+
+    Returns:
+        [12, C]: max z, max t; sum e^(z - max z), sum e^((z - max z) / T), the same two of t;
+        sum e^((t - max t) / T) (t - z) / T (zero if reverse);
+        sum e^((z - max z) / T) (z - t) / T (zero if not); sum e^(t - max t) (t - max t);
+        z and t at the label; z at the first of the largest t.
+    """
+    out = student_CV.new_zeros(PARTIALS, student_CV.size(0))
+    out[0], out[1] = top_of(student_CV), top_of(teacher_CV)
+    out[9], out[10] = logit_at(student_CV, label_C), logit_at(teacher_CV, label_C)
+    if not student_CV.size(1):
+        out[11] = float("-inf")
+        return out
+    out[11] = logit_at(student_CV, teacher_CV.argmax(1))
+    for rows in row_blocks(student_CV):
+        apart = teacher_CV[rows] - student_CV[rows]
+        student = student_CV[rows] - out[0, rows, None]
+        teacher = teacher_CV[rows] - out[1, rows, None]
+        p = teacher.exp()
+        out[4, rows] = p.sum(1)
+        out[8, rows] = teacher.mul(p).sum(1)
+        q_hot = student.div(temperature).exp_()
+        p_hot = p if temperature == 1 else teacher.div_(temperature).exp_()
+        out[2, rows] = q_hot.sum(1) if temperature == 1 else student.exp_().sum(1)
+        out[3, rows] = q_hot.sum(1)
+        out[5, rows] = p_hot.sum(1)
+        if reverse:
+            out[7, rows] = q_hot.mul_(apart).sum(1).div_(-temperature)
+        else:
+            out[6, rows] = apart.mul_(p_hot).sum(1).div_(temperature)
+    return out
+
+
+@kl_partials.register_fake
+def _(
+    student_CV: Tensor, teacher_CV: Tensor, label_C: Tensor, temperature: float, reverse: bool
+) -> Tensor:
+    return student_CV.new_empty(PARTIALS, student_CV.size(0))
+
+
+def _below_mixture(gap_BV: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Give log p'/m and log q'/m for log q'/p'."""
+    teacher, student = torch.tensor([beta, 1 - beta], dtype=torch.float64).log().tolist()
+    log_p = torch.logaddexp(gap_BV + student, gap_BV.new_tensor(teacher)).neg_()
+    return log_p, log_p + gap_BV
+
+
+@torch.library.custom_op("mlr1::jsd_partials", mutates_args=())
+def jsd_partials(
+    student_CV: Tensor,
+    teacher_CV: Tensor,
+    between_C: Tensor,
+    lse_C: Tensor,
+    temperature: float,
+    beta: float,
+) -> Tensor:
+    """Sum the two halves of the JSD over one shard: [2, C] of sum p' log p'/m, sum q' log q'/m.
+
+    Args:
+        student_CV: z.
+        teacher_CV: t.
+        between_C: log sum exp of z / T, less that of t / T.
+        lse_C: log sum exp of z / T.
+        temperature: T.
+        beta: share of the teacher.
+    """
+    out_2C = student_CV.new_zeros(2, student_CV.size(0))
+    for rows in row_blocks(student_CV):
+        gap = (student_CV[rows] - teacher_CV[rows]).div_(temperature).sub_(between_C[rows, None])
+        log_p, log_q = _below_mixture(gap, beta)
+        q = student_CV[rows].div(temperature).sub_(lse_C[rows, None])
+        out_2C[0, rows] = log_p.mul_((q - gap).exp_()).sum(1)
+        out_2C[1, rows] = log_q.mul_(q.exp_()).sum(1)
+    return out_2C
+
+
+@jsd_partials.register_fake
+def _(
+    student_CV: Tensor,
+    teacher_CV: Tensor,
+    between_C: Tensor,
+    lse_C: Tensor,
+    temperature: float,
+    beta: float,
+) -> Tensor:
+    return student_CV.new_empty(2, student_CV.size(0))
+
+
+@torch.library.custom_op("mlr1::kl_gradient_", mutates_args=("student_CV",))
+def kl_gradient_(
+    student_CV: Tensor,
+    teacher_CV: Tensor,
+    label_C: Tensor,
+    rows_4C: Tensor,
+    weights_3C: Tensor,
+    temperature: float,
+    direction: str,
+    beta: float,
+) -> Tensor:
+    """Overwrite z by pull * q - weight * e_label + kd * g, and split the forward KL.
+
+    Args:
+        student_CV: z of one shard, overwritten.
+        teacher_CV: t.
+        label_C: column of the label; -1 where another shard has it.
+        rows_4C: log sum exp of z, of z / T and of t / T over the whole vocabulary, and what g
+            takes off: D (reverse) or KL(q' || m) (jsd).
+        weights_3C: pull, weight, kd = w_kd T.
+        temperature: T.
+        direction: of `Objective`.
+        beta: of `Objective`.
+
+    Returns:
+        [3, C] over this shard: KL(p' || q') of the head, of the tail; probability of the head.
+    """
+    out_3C = student_CV.new_zeros(3, student_CV.size(0))
+    for rows in row_blocks(student_CV):
+        lse, lse_hot, teacher_lse_hot, centre = rows_4C[:, rows, None]
+        pull, _, kd = weights_3C[:, rows, None]
+        log_q = (student_CV[rows] / temperature).sub_(lse_hot)
+        log_p = (teacher_CV[rows] / temperature).sub_(teacher_lse_hot)
+        p = log_p.exp()
+        q = student_CV[rows].sub_(lse).exp_()
+        q_hot = q if temperature == 1 else log_q.exp()
+        gap = log_q.sub_(log_p)
+        follow = _follow(p, q_hot, gap, centre, direction, beta)
+        q.mul_(pull).add_(follow.mul_(kd))
+        is_head = p >= HEAD_PROBABILITY
+        out_3C[2, rows] = p.mul(is_head).sum(1)
+        terms = gap.mul_(p).neg_()
+        out_3C[0, rows] = terms.mul(is_head).sum(1)
+        out_3C[1, rows] = terms.masked_fill_(is_head, 0).sum(1)
+    add_at_(student_CV, label_C, -weights_3C[1])
+    return out_3C
+
+
+def _follow(
+    p: Tensor, q: Tensor, gap: Tensor, centre: Tensor, direction: str, beta: float
+) -> Tensor:
+    """Give g of a block as a new tensor; `gap` is log q' - log p'."""
+    if direction == "forward":
+        return q - p
+    if direction == "reverse":
+        return (gap - centre).mul_(q)
+    return _below_mixture(gap, beta)[1].sub_(centre).mul_(q).mul_(1 - beta)
+
+
+@kl_gradient_.register_fake
+def _(
+    student_CV: Tensor,
+    teacher_CV: Tensor,
+    label_C: Tensor,
+    rows_4C: Tensor,
+    weights_3C: Tensor,
+    temperature: float,
+    direction: str,
+    beta: float,
+) -> Tensor:
+    return student_CV.new_empty(3, student_CV.size(0))
