@@ -22,7 +22,7 @@ from megatron_mlr1.data.tokenizer_files import Definition
 from megatron_mlr1.data.tokenizer_identity import TokenizerIdentity
 from megatron_mlr1.data.tokenizers import TokenizerPlan
 
-HELD_BATCHES = 4
+HELD_BATCHES = 8
 """Batches that may wait for the verdict; by then a quiet machine has it."""
 
 

@@ -7,6 +7,8 @@ ids, and whoever asks for the batches writes them.
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -73,7 +75,7 @@ class EncodePlan:
     """Threads of the fast tokenizer, or processes of any other."""
     skip_bad: bool = False
     """Hand over bad records as `Rejected`; otherwise the first one raises."""
-    check_documents: int = 512
+    check_documents: int = 256
     """Documents on which the fast tokenizer must agree with `tokenizers` before it is used."""
 
 
@@ -88,7 +90,7 @@ def encode_units(
             damaged file, an id outside the vocabulary.
         MachineError: a worker died, or a package is missing.
     """
-    identity = identify(plan.tokenizer)
+    identity = _identity(plan.tokenizer)
     limit = identity.vocab_size if plan.vocab_size is None else plan.vocab_size
     eod = _eod(plan, identity, limit)
     documents = _Documents(token_dtype(identity.vocab_size), limit, eod)
@@ -107,7 +109,7 @@ def describe_tokenizer(plan: TokenizerPlan) -> dict[str, Any]:
         ConfigError: the type is unknown, or its model is not named.
         DataError: its files are missing or damaged.
     """
-    identity = identify(plan)
+    identity = _identity(plan)
     return {
         "type": plan.tokenizer_type,
         "model": plan.tokenizer_model,
@@ -117,6 +119,19 @@ def describe_tokenizer(plan: TokenizerPlan) -> dict[str, Any]:
         "bos": identity.bos,
         "dtype": token_dtype(identity.vocab_size).name,
     }
+
+
+def _identity(plan: TokenizerPlan) -> TokenizerIdentity:
+    model = Path(plan.tokenizer_model or "")
+    files = sorted(model.iterdir()) if model.is_dir() else [model]
+    stats = [path.stat() for path in files if path.is_file()]
+    return _identify_once(plan, tuple((stat.st_mtime_ns, stat.st_size) for stat in stats))
+
+
+@lru_cache(maxsize=1)
+def _identify_once(plan: TokenizerPlan, stamps: tuple[tuple[int, int], ...]) -> TokenizerIdentity:
+    """Read a large vocabulary once for all corpora of a run, as long as its files stay the same."""
+    return identify(plan)
 
 
 def _eod(plan: EncodePlan, identity: TokenizerIdentity, limit: int) -> int | None:

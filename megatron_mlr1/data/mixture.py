@@ -7,6 +7,9 @@ from pathlib import Path
 from megatron_mlr1.errors import DataError
 from megatron_mlr1.recipes import Corpus, Mixture
 
+KINDS = ("text", "chat")
+"""What the name of a corpus of one pair says after its own: documents, or packed chats."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResolvedCorpus:
@@ -22,11 +25,22 @@ class ResolvedCorpus:
     """The path of the pair without .bin and .idx."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Blend:
+    """Which corpora are read, and from which sample on."""
+
+    first_sample: int
+    """The first that is drawn by these weights; 0 for the first blend of a run."""
+
+    corpora: tuple[ResolvedCorpus, ...]
+
+
 def resolve(mixture: Mixture, data_root: Path) -> tuple[ResolvedCorpus, ...]:
     """Find the files of every corpus whose weight is above zero, in the order of the mixture.
 
-    A corpus NAME is `data_root/NAME_text_document.{bin,idx}`, or all `*_document.{bin,idx}` of the
-    folder `data_root/NAME`; the pairs of a folder share the weight by the bytes of their .bin.
+    A corpus NAME is `data_root/NAME_text_document.{bin,idx}`, or packed chats
+    `data_root/NAME_chat_document.{bin,idx}`, or all `*_document.{bin,idx}` of the folder
+    `data_root/NAME`; the pairs of a folder share the weight by the bytes of their .bin.
 
     Raises:
         DataError: corpora without files, halves of pairs, or pairs without a token; names all of
@@ -66,19 +80,26 @@ def _pairs(name: str, data_root: Path) -> list[Path]:
     Raises:
         DataError: none, a half, or two homes for one name.
     """
-    single = data_root / f"{name}_text_document"
     folder = data_root / name
     files = [path for end in ("bin", "idx") for path in folder.glob(f"*_document.{end}")]
-    prefixes = sorted({path.with_suffix("") for path in files})
-    if _file(single, "bin").exists() or _file(single, "idx").exists():
-        if prefixes:
-            raise DataError(
-                f"both {single}.bin and files in {folder} exist, and only one may be the corpus; "
-                "move the other away"
-            )
-        prefixes = [single]
-    if not prefixes:
-        raise DataError(f"neither {single}.bin nor {folder}/*_document.bin exists")
+    singles = [data_root / f"{name}_{kind}_document" for kind in KINDS]
+    homes = [
+        [prefix]
+        for prefix in singles
+        if _file(prefix, "bin").exists() or _file(prefix, "idx").exists()
+    ]
+    if files:
+        homes.append(sorted({path.with_suffix("") for path in files}))
+    if not homes:
+        raise DataError(
+            f"neither {singles[0]}.bin nor {singles[1]}.bin nor {folder}/*_document.bin exists"
+        )
+    if len(homes) > 1:
+        raise DataError(
+            f"both {homes[0][0]}.bin and {homes[1][0]}.bin exist, and only one may be the corpus; "
+            "move the other away"
+        )
+    (prefixes,) = homes
     halves = [
         f"{_file(prefix, end)} is missing beside its other half"
         for prefix in prefixes

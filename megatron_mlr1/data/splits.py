@@ -6,8 +6,10 @@ from megatron_mlr1.data.index import open_corpus
 from megatron_mlr1.errors import DataError
 
 NAMES = ("training", "validation", "test")
-Part = tuple[float, float] | None
-"""Where a part begins and ends in a corpus, 0 to 1; None where nothing is asked of it."""
+Share = tuple[float, float]
+"""Where a part begins and ends in a corpus, 0 to 1."""
+Part = Share | None
+"""The share of a part; None where nothing is asked of it."""
 
 
 def refuse_empty_parts(prefixes: Iterable[str], parts: Sequence[Part]) -> None:

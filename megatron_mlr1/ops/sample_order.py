@@ -71,7 +71,7 @@ def sample_order(
     Returns:
         stream int32, epoch int64, item int64, each [count].
     """
-    out: tuple[Tensor, Tensor, Tensor] = _sample_order(
+    out: tuple[Tensor, Tensor, Tensor] = torch.ops.mlr1.sample_order.default(
         tree, drawn, num_items, keys, root, first, count
     )
     return out
@@ -161,21 +161,17 @@ def _fmix32(word: Halves) -> Halves:
     return word ^ (word >> _SHIFT[2])
 
 
-@torch.library.custom_op("mlr1::sample_order", mutates_args=())
-def _sample_order(
-    tree: Tensor,
-    drawn: Tensor,
-    num_items: Tensor,
-    keys: Tensor,
-    root: int,
-    first: int,
-    count: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return sample_order_reference(tree, drawn, num_items, keys, root, first, count)
+# Not `torch.library.custom_op`: its Python wrappers for gradients, which integers have none of,
+# take longer than finding the samples of a micro-batch.
+_LIBRARY = torch.library.Library("mlr1", "FRAGMENT")
+_LIBRARY.define(
+    "sample_order(Tensor tree, Tensor drawn, Tensor num_items, Tensor keys, int root, int first, "
+    "int count) -> (Tensor, Tensor, Tensor)"
+)
+_LIBRARY.impl("sample_order", sample_order_reference, "CompositeExplicitAutograd")
 
 
-@_sample_order.register_fake
-def _(
+def _fake(
     tree: Tensor,
     drawn: Tensor,
     num_items: Tensor,
@@ -189,3 +185,6 @@ def _(
         drawn.new_empty((count,)),
         drawn.new_empty((count,)),
     )
+
+
+torch.library.register_fake("mlr1::sample_order", _fake, lib=_LIBRARY)

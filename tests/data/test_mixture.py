@@ -30,6 +30,12 @@ def test_a_corpus_is_one_pair_of_files(tmp_path: Path) -> None:
     assert (corpus.name, corpus.weight, corpus.prefix) == ("wiki", 0.25, prefix)
 
 
+def test_a_corpus_may_be_one_pair_of_packed_chats(tmp_path: Path) -> None:
+    prefix = write_pair(tmp_path / "tulu_chat_document")
+    (corpus,) = resolve(mixture(tulu=1), tmp_path)
+    assert corpus.prefix == prefix
+
+
 def test_the_pairs_of_a_folder_share_the_weight_by_their_bytes(tmp_path: Path) -> None:
     first = write_pair(tmp_path / "arxiv" / "v1.0_text_document", 100)
     second = write_pair(tmp_path / "arxiv" / "v1.1_content_document", 300)
@@ -82,9 +88,10 @@ def test_half_a_pair_is_named(prefix: str, lost: str, tmp_path: Path) -> None:
         resolve(mixture(wiki=1), tmp_path)
 
 
-def test_two_homes_for_one_corpus_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("other", ["wiki/part_text_document", "wiki_chat_document"])
+def test_two_homes_for_one_corpus_are_refused(tmp_path: Path, other: str) -> None:
     write_pair(tmp_path / "wiki_text_document")
-    write_pair(tmp_path / "wiki" / "part_text_document")
+    write_pair(tmp_path / other)
     with pytest.raises(DataError, match="only one may be the corpus"):
         resolve(mixture(wiki=1), tmp_path)
 

@@ -112,6 +112,7 @@ def known(engine):
         ["recipes.py", "show"],
         ["convert_checkpoint.py", "megatron-to-hf"],
         ["convert_checkpoint.py", "hf-to-megatron"],
+        *(["mixture.py", word] for word in ("show", "tokens", "plot")),
     ]
     flags = flags_of(engine) | flags_of(get_args_parser()) | set().union(*NOT_OURS.values())
     return flags.union(*(FLAG.findall(help_of(program)) for program in programs))

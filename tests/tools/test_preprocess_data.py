@@ -1,5 +1,4 @@
 import json
-import os
 import random
 import resource
 import signal
@@ -211,7 +210,7 @@ def test_killed_again_and_again_it_ends_with_the_bytes_of_an_undisturbed_run(
             before = wait_for_a_new_position(large, before, process)
             time.sleep(chance.random() / 5)  # before, within and after what the journal tells
             workers = psutil.Process(process.pid).children(recursive=True)
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()
         _, alive = psutil.wait_procs(workers, timeout=10)
         assert alive == []
         if not (large / "c.journal.json").exists():
@@ -238,7 +237,7 @@ def test_killed_in_the_shuffle_it_begins_the_shuffle_again(large: Path) -> None:
             while not (large / half).exists() and process.poll() is None:
                 assert time.monotonic() < deadline, f"{half} did not appear"
                 time.sleep(0.001)
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()
         if not (large / "c.journal.json").exists():
             break  # the second half is over in a moment
     finish(large, command)
