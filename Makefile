@@ -1,6 +1,7 @@
 # Two commands do everything: `make demo` and `make test`. Each sets the machine up first.
 #
 #   PYTHON=/path/to/python3.12   which Python `.venv` is made from (else the first that fits)
+#   EXTRAS=dev,dali               which extras of the package `.venv` gets
 #   MLR1_EXTENSION=require       stop where the compiled ops cannot be built (else: go on without)
 
 SHELL := /bin/bash
@@ -21,6 +22,7 @@ export PIP_NO_INPUT := 1
 export PIP_ROOT_USER_ACTION := ignore
 export PYTHONUNBUFFERED := 1
 MLR1_EXTENSION ?= auto
+EXTRAS ?= dev
 
 .PHONY: help
 help: ## what there is
@@ -29,6 +31,10 @@ help: ## what there is
 .PHONY: demo
 demo: setup ## train, resume, export and sample a tiny model on this machine
 	@bash examples/quickstart/run.sh </dev/null
+
+.PHONY: finetune
+finetune: setup ## chats into packs, fine-tune a tiny model on them, ask it questions
+	@bash examples/finetune/run.sh </dev/null
 
 .PHONY: test
 test: setup ## the tests; what this machine cannot run is skipped, with the reason
@@ -105,7 +111,7 @@ $(INSTALLED): pyproject.toml constraints.txt setup.py
 	        | tee -a $(VENV)/install.log | { grep -E '^ *(Downloading|Successfully)' || true; }; }; \
 	rm -f $(VENV)/install.log; \
 	{ install setuptools && \
-	  MLR1_EXTENSION=skip install --no-build-isolation --editable '.[dev]'; } || { \
+	  MLR1_EXTENSION=skip install --no-build-isolation --editable '.[$(EXTRAS)]'; } || { \
 	    echo "Installing failed; the end of $(VENV)/install.log:" >&2; \
 	    grep -v '^WARNING: Location' $(VENV)/install.log | tail -n 20 >&2; exit 1; }
 	@touch $@

@@ -11,7 +11,7 @@ if [[ $# -gt 0 && $OUT != /* ]]; then OUT=$PWD/$OUT; fi
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 STEPS=240
 INTERVAL=20 # steps from one evaluation to the next
-STEP_TOKENS=$((16 * 256)) # the tiny model's batch x sequence length
+STEP_SAMPLES=16 # the tiny model's batch
 MUST_FALL=1.0             # nats of validation loss
 
 if [[ -d $OUT && ! -f $OUT/seconds.tsv && -n $(ls -A "$OUT") ]]; then
@@ -64,13 +64,11 @@ run python examples/quickstart/make_tokenizer.py --vocab-size 4096 \
 finish
 
 begin preprocess "Tokens in Megatron's format"
-for corpus in code docs licences; do
-    run python tools/preprocess_data.py --input "$OUT/raw/$corpus.jsonl" \
-        --output-prefix "$OUT/corpora/$corpus" --append-eod --workers 2 \
-        --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$OUT/corpora/tokenizer"
-done
-run python examples/quickstart/show_blend.py --data-root "$OUT/corpora" \
-    --mixture examples/quickstart/mixture.yaml --tokens $((STEPS * STEP_TOKENS))
+run cp examples/quickstart/corpora.yaml "$OUT/raw/"
+run python tools/preprocess_data.py --manifest "$OUT/raw/corpora.yaml" \
+    --output-root "$OUT/corpora"
+run python tools/mixture.py show examples/quickstart/mixture.yaml --data-root "$OUT/corpora" \
+    --model tiny --stage pretrain_phase1 --train-samples $((STEPS * STEP_SAMPLES))
 finish
 
 begin train "Training with $processes process(es), stopped half way by SIGTERM (log: $OUT/train.log)"
