@@ -36,6 +36,10 @@ demo: setup ## train, resume, export and sample a tiny model on this machine
 finetune: setup ## chats into packs, fine-tune a tiny model on them, ask it questions
 	@bash examples/finetune/run.sh </dev/null
 
+.PHONY: distill
+distill: setup ## a teacher, three replicas of it, a student that learns from them while one is killed
+	@bash examples/distillation/run.sh </dev/null
+
 .PHONY: test
 test: setup ## the tests; what this machine cannot run is skipped, with the reason
 	@pytest </dev/null

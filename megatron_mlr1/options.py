@@ -1,4 +1,4 @@
-"""Our own flags: one argument group, and the frozen options that it becomes. No torch here."""
+"""Our own flags: argument groups, and the frozen options that they become. No torch here."""
 
 import difflib
 from argparse import ArgumentError, ArgumentParser, Namespace
@@ -7,12 +7,24 @@ from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from types import MappingProxyType
-from typing import Self
+from typing import Any, Literal, Self
 
+from megatron_mlr1.distillation_options import DistillationOptions, add_distillation_arguments
 from megatron_mlr1.errors import ConfigError
 
-KERNELS: Mapping[str, tuple[str, ...]] = MappingProxyType({"swiglu": ("mlr1", "reference")})
+KERNELS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"swiglu": ("mlr1", "reference"), "linear_cross_entropy": ("mlr1", "reference")}
+)
 """The implementations of each op that has more than one; the first is the default."""
+
+DATASETS = ("mlr1", "megatron")
+"""Whose datasets give the samples their order; the first is the default."""
+
+LOADERS = ("thread", "dali")
+"""What carries batches from the files to the model; the first is the default."""
+
+VERIFY = ("quick", "full", "off")
+"""How corpora are held against their records: sizes and tokenizer, every byte too, or not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,8 +55,29 @@ class Mlr1Options:
     kernels: Mapping[str, str]
     """The implementation of every op in `KERNELS`."""
 
+    dataset: str
+    """Whose order of samples: one of `DATASETS`."""
+
+    loader: str
+    """What carries the batches of our own order: one of `LOADERS`."""
+
+    mixture_switch: tuple[tuple[int, str], ...]
+    """(consumed sample, name or file of the mixture from there on), by rising sample."""
+
+    verify_data: Literal["quick", "full", "off"]
+    """How much of each corpus is held against its record before training: one of `VERIFY`."""
+
+    document_mask: bool
+    """Whether documents that share a sequence are kept apart."""
+
+    new_data_order: bool
+    """Go on from a checkpoint although its run read its data in another dataset's order."""
+
     peak_tflops: float | None
     """Peak dense TFLOP/s of one device, for MFU; None means the engine room's table of devices."""
+
+    distillation: DistillationOptions
+    """Whom the run learns from, and how."""
 
     def __post_init__(self) -> None:
         if self.peak_tflops is not None and not (
@@ -71,12 +104,19 @@ class Mlr1Options:
             mixture=namespace.mixture,
             data_root=None if namespace.data_root is None else Path(namespace.data_root),
             kernels=MappingProxyType(_kernels(namespace.mlr1_kernels)),
+            dataset=namespace.mlr1_dataset,
+            loader=namespace.mlr1_loader,
+            mixture_switch=_switches(namespace.mixture_switch),
+            verify_data=namespace.verify_data,
+            document_mask=namespace.document_mask,
+            new_data_order=namespace.new_data_order,
             peak_tflops=namespace.peak_tflops,
+            distillation=DistillationOptions.from_namespace(namespace),
         )
 
 
 def add_mlr1_arguments(parser: ArgumentParser) -> ArgumentParser:
-    """Add our flags to `parser` as one group, and give the parser back."""
+    """Add our flags to `parser`, in groups of their own, and give the parser back."""
     group = parser.add_argument_group(
         "MobileLLM-R1",
         "A recipe is a set of the flags below this group; whatever is written on the command line "
@@ -100,8 +140,9 @@ def add_mlr1_arguments(parser: ArgumentParser) -> ArgumentParser:
         "--data-root",
         metavar="DIR",
         help="where the corpora of the mixture lie: DIR/NAME_text_document.bin and .idx, "
-        "or DIR/NAME/*_document.bin and .idx",
+        "DIR/NAME_chat_document.bin and .idx, or DIR/NAME/*_document.bin and .idx",
     )
+    _add_data_arguments(group)
     choices = "; ".join(f"{op}: {', '.join(names)}" for op, names in KERNELS.items())
     group.add_argument(
         "--mlr1-kernels",
@@ -114,7 +155,48 @@ def add_mlr1_arguments(parser: ArgumentParser) -> ArgumentParser:
         metavar="TFLOPS",
         help="peak dense TFLOP/s of one device, for MFU on a device that is not known",
     )
+    add_distillation_arguments(parser)
     return parser
+
+
+def _add_data_arguments(group: Any) -> None:
+    group.add_argument(
+        "--mixture-switch",
+        metavar="SAMPLE=NAME|FILE[,...]",
+        help="read another mixture from this consumed sample on",
+    )
+    group.add_argument(
+        "--mlr1-dataset",
+        choices=DATASETS,
+        default=DATASETS[0],
+        help="the order of the samples: mlr1 (default) needs no index and starts at once; megatron "
+        "is Megatron's own, for going on with a run that began with it",
+    )
+    group.add_argument(
+        "--new-data-order",
+        action="store_true",
+        help="go on from a checkpoint whose run had the other --mlr1-dataset",
+    )
+    group.add_argument(
+        "--mlr1-loader",
+        choices=LOADERS,
+        default=LOADERS[0],
+        help="what carries the batches of --mlr1-dataset mlr1: a thread (default), or an NVIDIA "
+        "DALI pipeline; the batches are the same",
+    )
+    group.add_argument(
+        "--verify-data",
+        choices=VERIFY,
+        default=VERIFY[0],
+        help="hold every corpus against its record before training: sizes and tokenizer (quick, "
+        "the default), every byte too (full), or not at all (off)",
+    )
+    group.add_argument(
+        "--document-mask",
+        action="store_true",
+        help="keep documents that share a sequence apart: attention within each, positions from "
+        "0, no loss across their bounds",
+    )
 
 
 def split_words(words: Sequence[str]) -> tuple[Mlr1Options, tuple[str, ...]]:
@@ -156,6 +238,24 @@ def choose(word: str, known: Iterable[str], what: str) -> str:
 
 def _names(text: str | None) -> tuple[str, ...]:
     return tuple(name.strip().removeprefix("--") for name in text.split(",")) if text else ()
+
+
+def _switches(text: str | None) -> tuple[tuple[int, str], ...]:
+    switches: list[tuple[int, str]] = []
+    for pair in text.split(",") if text else ():
+        sample, equals, name = (part.strip() for part in pair.partition("="))
+        if not equals or not name or not sample.isdecimal() or int(sample) == 0:
+            raise ConfigError(
+                f"--mixture-switch has {pair!r}; it takes SAMPLE=NAME pairs with commas between "
+                "them, SAMPLE the number of consumed samples, at least 1: 1024000000=midtrain."
+            )
+        if switches and int(sample) <= switches[-1][0]:
+            raise ConfigError(
+                f"--mixture-switch has {sample} after {switches[-1][0]}; the samples must rise. "
+                "Put the switches in their order, one mixture for each sample."
+            )
+        switches.append((int(sample), name))
+    return tuple(switches)
 
 
 def _kernels(text: str | None) -> dict[str, str]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megatron_mlr1.data.mixture import ResolvedCorpus
+    from megatron_mlr1.data.mixture import Blend
     from megatron_mlr1.recipes import Plan
 
 
@@ -34,11 +34,11 @@ def _train(words: Sequence[str]) -> None:
 
     plan = recipes.expand(words, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     plan.require_runnable()
-    corpora = _corpora(plan)
+    blends = _blends(plan)
     cpu.activate()
     from megatron_mlr1.engine.run import run
 
-    run(plan, corpora, rank=_rank())
+    run(plan, blends, rank=_rank())
 
 
 def _rank() -> int:
@@ -49,18 +49,28 @@ def _print_error(error: Exception) -> None:
     """Print an error once for a run where all processes have it, and else for each that does."""
     import torch.distributed
 
-    if torch.distributed.is_initialized() and _rank() > 0:
+    from megatron_mlr1.engine.agreement import SHARED
+
+    if SHARED in getattr(error, "__notes__", ()):
+        if _rank() == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+    elif torch.distributed.is_initialized() and _rank() > 0:
         print(f"[rank {_rank()}] error: {error}", file=sys.stderr, flush=True)
     elif os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {error}", file=sys.stderr, flush=True)
 
 
-def _corpora(plan: "Plan") -> "Sequence[ResolvedCorpus]":
-    from megatron_mlr1.data.mixture import resolve
+def _blends(plan: "Plan") -> "Sequence[Blend]":
+    """Find the corpora of all mixtures of a run."""
+    from megatron_mlr1.data.mixture import Blend, resolve
 
-    if plan.mixture is None or plan.options.data_root is None:
+    root = plan.options.data_root
+    if plan.mixture is None or root is None:
         return ()
-    return resolve(plan.mixture, plan.options.data_root)
+    return tuple(
+        Blend(first_sample=sample, corpora=resolve(mixture, root))
+        for sample, mixture in ((0, plan.mixture), *plan.switches)
+    )
 
 
 def _print_help() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mlr1.distillation_options import DistillationOptions
 from megatron_mlr1.errors import ConfigError
 from megatron_mlr1.options import KERNELS, Mlr1Options, add_mlr1_arguments, choose, split_words
 
@@ -14,7 +15,9 @@ def test_flags_become_frozen_options() -> None:
         "--model 950m --stage pretrain_phase1 --recipe own.yaml --without bf16,--seed "
         "--from-scratch "
         "--mixture pretrain_phase2 --data-root corpora --mlr1-kernels swiglu=reference "
-        "--peak-tflops 989"
+        "--mlr1-dataset megatron --mlr1-loader dali --mixture-switch 500=b,1000=c.yaml "
+        "--verify-data full --document-mask --new-data-order --peak-tflops 989 "
+        "--teacher tcp://a:1"
     )
     options, _ = split_words(words.split())
     assert options == Mlr1Options(
@@ -25,8 +28,15 @@ def test_flags_become_frozen_options() -> None:
         from_scratch=True,
         mixture="pretrain_phase2",
         data_root=Path("corpora"),
-        kernels={"swiglu": "reference"},
+        kernels={"swiglu": "reference", "linear_cross_entropy": "mlr1"},
+        dataset="megatron",
+        loader="dali",
+        mixture_switch=((500, "b"), (1000, "c.yaml")),
+        verify_data="full",
+        document_mask=True,
+        new_data_order=True,
         peak_tflops=989.0,
+        distillation=DistillationOptions(teacher="tcp://a:1"),
     )
 
 
@@ -36,6 +46,10 @@ def test_an_empty_command_line_takes_the_first_kernel_of_each_op_and_nothing_els
     assert options.without == rest == ()
     assert not options.from_scratch
     assert options.peak_tflops is None
+    assert (options.dataset, options.loader, options.verify_data) == ("mlr1", "thread", "quick")
+    assert options.mixture_switch == ()
+    assert not options.document_mask
+    assert not options.new_data_order
 
 
 def test_the_engines_words_keep_their_order() -> None:
@@ -59,6 +73,11 @@ def test_a_parsed_namespace_may_hold_the_engines_values_too() -> None:
         (["--mlr1-kernels", "swiglo=mlr1"], "Did you mean swiglu"),
         (["--mlr1-kernels", "swiglu=refrence"], "Did you mean reference"),
         (["--mlr1-kernels", "swiglu"], "OP=NAME"),
+        (["--mixture-switch", "phase2"], "takes SAMPLE=NAME pairs"),
+        (["--mixture-switch", "0=phase2"], "at least 1"),
+        (["--mixture-switch", "5="], "takes SAMPLE=NAME pairs"),
+        (["--mixture-switch", "5=a,5=b"], "has 5 after 5; the samples must rise"),
+        (["--mlr1-dataset", "nemo"], "--mlr1-dataset: invalid choice"),
         (["--peak-tflops", "fast"], "--peak-tflops: invalid float value"),
         (["--peak-tflops", "0"], "must be a positive number"),
         (["--peak-tflops", "nan"], "must be a positive number"),

@@ -1,4 +1,4 @@
-"""The engine's datasets from its arguments, and which corpus each sample came from."""
+"""Megatron's own datasets from its arguments, and which corpus each sample came from."""
 
 from argparse import Namespace
 from collections.abc import Sequence
@@ -13,9 +13,14 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 
+from megatron_mlr1.data.feed import are_packs
+from megatron_mlr1.data.provenance import read_record
 from megatron_mlr1.data.splits import refuse_empty_parts
+from megatron_mlr1.engine.admission import admit_all
+from megatron_mlr1.engine.agreement import agreed
 from megatron_mlr1.engine.groups import place
 from megatron_mlr1.errors import DataError
+from megatron_mlr1.options import Mlr1Options
 
 Splits = tuple[Any, ...]
 """Training, validation and test datasets; None on a process that reads none."""
@@ -49,15 +54,16 @@ class CorpusCount:
         return totals
 
 
-class Datasets:
+class MegatronDatasets:
     """Builds the datasets when the engine asks, and remembers how to count corpora."""
 
     is_distributed = True
     """Tells the engine to call on every process."""
 
-    def __init__(self, args: Namespace, corpora: Sequence[str]) -> None:
+    def __init__(self, args: Namespace, options: Mlr1Options, corpora: Sequence[str]) -> None:
         """Take the engine's arguments, and the corpus of each prefix in `--data-path`, in order."""
         self._args = args
+        self._options = options
         self._corpora = tuple(corpora)
         self.count: CorpusCount | None = None
 
@@ -68,6 +74,8 @@ class Datasets:
         reads = here.reads_data(packed=self._args.dataloader_inter_document_masking)
         config = dataset_config(self._args)
         if config.blend is not None:
+            prefixes = config.blend[0]
+            agreed(lambda: self._check(prefixes, config))
             parts = zip(config.split_matrix, sizes, strict=True)
             # Nothing is built of a split of which nothing is asked (--eval-iters 0).
             config.split_matrix = [part if size != 0 else None for part, size in parts]
@@ -83,6 +91,20 @@ class Datasets:
         # The engine has no loader for a split without samples, as mock data have.
         built = zip((train, valid, test), sizes, strict=True)
         return tuple(split if reads and size != 0 else None for split, size in built)
+
+    def _check(self, prefixes: Sequence[str], config: GPTDatasetConfig) -> None:
+        """Hold the corpora against their records.
+
+        Raises:
+            DataError: one is not what its record says, of another tokenizer, or of packs.
+        """
+        for prefix in prefixes:
+            if are_packs(read_record(prefix)):
+                raise DataError(
+                    f"{prefix} holds packed chats, and Megatron's datasets would train on the "
+                    "prompts too. Leave --mlr1-dataset megatron out."
+                )
+        admit_all(prefixes, self._args, self._options.verify_data, config.tokenizer)
 
 
 def _counter(train: Any, corpora: tuple[str, ...]) -> CorpusCount | None:

@@ -3,7 +3,7 @@
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -18,25 +18,45 @@ from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from torch import Tensor
 
 from megatron_mlr1.engine.datasets import on_device
+from megatron_mlr1.engine.distillation import Distilling
 from megatron_mlr1.engine.groups import Place, place
-from megatron_mlr1.losses.language_model import masked_sum
+from megatron_mlr1.losses.language_model import MicroBatchLoss
+from megatron_mlr1.model.loss_head import LossHead
+from megatron_mlr1.teacher.lookahead import Ahead
 
 Loss = tuple[Tensor, Tensor, dict[str, Tensor]]
 Batch = dict[str, Tensor | None]
+Kernel = Literal["mlr1", "reference"]
+Read = dict[str, Any] | Ahead[dict[str, Any]]
+"""What a loader gives: a batch, in a distilled run together with its place in the queue."""
 
 
 class ForwardStep:
     """What the engine's schedules call for each micro-batch."""
 
-    def __init__(self, args: Namespace) -> None:
-        """Take the engine's validated arguments."""
+    def __init__(
+        self,
+        args: Namespace,
+        kernel: Kernel,
+        distilling: Distilling | None = None,
+    ) -> None:
+        """Take what does not change between micro-batches.
+
+        Args:
+            args: the engine's, validated.
+            kernel: of output layer and loss, see `LossHead`.
+            distilling: the teacher's part in the run.
+        """
         self._args = args
+        self._kernel = kernel
+        self._distilling = distilling
         self._places: dict[int | None, Place] = {}
+        self._head: LossHead | None = None
 
     def __call__(
-        self, data_iterator: Iterator[dict[str, Any]], model: torch.nn.Module
-    ) -> tuple[Tensor, Callable[[Tensor], Loss]]:
-        """Run one micro-batch; give the stage's output, and how to make a loss of the last one's.
+        self, data_iterator: Iterator[Read], model: torch.nn.Module
+    ) -> tuple[Tensor | MicroBatchLoss, Callable[[MicroBatchLoss], Loss]]:
+        """Run one micro-batch; give the stage's output, and how to hand on the last one's loss.
 
         Args:
             data_iterator: loader of this process; unused where another one reads for it.
@@ -45,7 +65,16 @@ class ForwardStep:
         vp_stage = get_attr_wrapped_model(model, "vp_stage")
         if vp_stage not in self._places:
             self._places[vp_stage] = place(vp_stage)
-        batch, packed = self._batch(data_iterator, self._places[vp_stage])
+        here = self._places[vp_stage]
+        read = self._read(data_iterator, here)
+        batch, packed = self._batch(read, here, evaluates=not model.training)
+        words: dict[str, Any] = {}
+        if here.is_last_stage:
+            words["output_processor"] = self._loss_head(model)
+            if self._distilling is not None and model.training:
+                ahead = read if isinstance(read, Ahead) else None
+                lesson = self._distilling.lesson(ahead, batch["rows"], here)
+                words["output_processor_context"] = lesson
         output = model(
             batch.get("tokens"),
             batch.get("position_ids"),
@@ -53,19 +82,39 @@ class ForwardStep:
             labels=batch.get("labels"),
             loss_mask=batch.get("loss_mask"),
             packed_seq_params=packed,
+            **words,
         )
-        return output, partial(self._loss, batch.get("loss_mask"))
+        return output, self._loss
+
+    def _loss_head(self, model: torch.nn.Module) -> LossHead:
+        """Make the head once the model and the teacher are there."""
+        if self._head is None:
+            distilling, num_ids = self._distilling, self._args.padded_vocab_size
+            self._head = LossHead(
+                get_attr_wrapped_model(model, "config"),
+                vocab_size=num_ids if distilling is None else distilling.num_ids,
+                kernel=self._kernel,
+                teacher_weight=None if distilling is None else distilling.head,
+            )
+        return self._head
+
+    def _read(self, data_iterator: Iterator[Read], here: Place) -> Read:
+        """Take a batch from the loader, where this process has one."""
+        if here.reads_data(packed=self._args.dataloader_inter_document_masking):
+            return next(data_iterator)
+        return {}
 
     def _batch(
-        self, data_iterator: Iterator[dict[str, Any]], here: Place
+        self, read: Read, here: Place, *, evaluates: bool
     ) -> tuple[Batch, PackedSeqParams | None]:
-        """Read a batch, share it in the tensor-parallel group, cut it for context parallelism."""
+        """Share a batch in the tensor-parallel group, and cut it for context parallelism."""
         args = self._args
         masked = args.dataloader_inter_document_masking
         if not here.is_end and not masked:
             return {}, None
+        whole = read.batch if isinstance(read, Ahead) else read
         batch = get_batch_on_this_tp_rank(
-            on_device(next(data_iterator)) if here.tensor_rank == 0 else {},
+            on_device(whole) if here.tensor_rank == 0 else {},
             has_cu_seqlens=masked,
             is_hybrid_cp=False,
             create_attention_mask_in_dataloader=False,
@@ -73,7 +122,7 @@ class ForwardStep:
             broadcast_group=here.tensor_group,
             cp_size=args.context_parallel_size,
             tp_rank=here.tensor_rank,
-            micro_batch_size=args.micro_batch_size,
+            micro_batch_size=args.eval_micro_batch_size if evaluates else args.micro_batch_size,
             seq_length=args.seq_length,
             mtp_on_this_rank=False,
             pipeline_model_parallel_size=args.pipeline_model_parallel_size,
@@ -84,6 +133,10 @@ class ForwardStep:
         packed = _packed(batch, args.seq_length) if masked else None
         if not here.is_end:
             return {}, packed
+        if here.is_last_stage and self._distilling is not None:
+            labels = batch["labels"]
+            # Cut as all else, it says which of the micro-batch's tokens are here.
+            batch["rows"] = torch.arange(labels.numel(), device=labels.device).view_as(labels)
         batch = get_batch_on_this_cp_rank(
             batch,
             is_hybrid_cp=False,
@@ -92,10 +145,9 @@ class ForwardStep:
         )
         return batch, packed
 
-    def _loss(self, loss_mask: Tensor | None, losses: Tensor) -> Loss:
-        """Reduce the token losses, and have the engine judge the sum before it spreads."""
-        assert loss_mask is not None, "only the last stage has losses, and it has their mask"
-        total, tokens, report = masked_sum(losses, loss_mask)
+    def _loss(self, done: MicroBatchLoss) -> Loss:
+        """Have the engine judge the sum of a micro-batch before it spreads."""
+        total = done.total
         rerun = get_rerun_state_machine()
         if self._args.check_for_nan_in_loss_and_grad:
             for test, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
@@ -116,7 +168,7 @@ class ForwardStep:
                 tolerance=0.0,
                 fatal=False,
             )
-        return total, tokens, report
+        return total, done.tokens, done.report
 
 
 SPIKE = 10.0

@@ -13,9 +13,14 @@ class Place:
 
     tensor_group: ProcessGroup
     context_group: ProcessGroup
+    replica_group: ProcessGroup
+    """Processes that hold the same part of the model: of all data and context ranks."""
     tensor_rank: int
     tensor_source: int
     """Global rank of the first process in the tensor-parallel group: the one that reads data."""
+    data_rank: int
+    num_data_ranks: int
+    """Copies of the model, each of which trains on other samples."""
     is_first_stage: bool
     is_last_stage: bool
     is_reporter: bool
@@ -41,8 +46,11 @@ def place(vp_stage: int | None = None) -> Place:
     return Place(
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
         context_group=parallel_state.get_context_parallel_group(),
+        replica_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         tensor_source=parallel_state.get_tensor_model_parallel_src_rank(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        num_data_ranks=parallel_state.get_data_parallel_world_size(),
         is_first_stage=parallel_state.is_pipeline_first_stage(
             ignore_virtual=vp_stage is None, vp_stage=vp_stage
         ),

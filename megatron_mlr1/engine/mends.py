@@ -19,6 +19,7 @@ def apply() -> None:
     """Mend the engine in this process; a second call changes nothing."""
     _keep_compiled_dataset_helpers()
     _save_on_sigterm()
+    _warm_up_without_drawing()
     if not HAVE_APEX_OR_TE:
         _make_torch_adam_resumable()
         _load_torch_adam_without_step()
@@ -44,6 +45,25 @@ def _save_on_sigterm() -> None:
     catches the signal and saves: BrokenPipeError, and no checkpoint.
     """
     filesystem_async.get_write_results_queue = results_queue
+
+
+def _warm_up_without_drawing() -> None:
+    """Give back the random numbers that the engine's warm-up of fused functions draws.
+
+    Where weights are drawn on the CPU they would come from what is left of the same generator, so
+    that one seed gives other weights with another micro batch or sequence length.
+    """
+    training = megatron.training.training
+    warm_up = training.set_jit_fusion_options
+    if getattr(warm_up, "gives_back", False):
+        return
+
+    def give_back(*args: Any, **kwargs: Any) -> None:
+        with torch.random.fork_rng(devices=()):
+            warm_up(*args, **kwargs)
+
+    give_back.gives_back = True  # type: ignore[attr-defined]
+    training.set_jit_fusion_options = give_back
 
 
 def _make_torch_adam_resumable() -> None:

@@ -17,11 +17,33 @@ import megatron.training.training
 from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
 from megatron.training import get_tensorboard_writer, get_timers
 
-from megatron_mlr1.engine.datasets import Datasets
 from megatron_mlr1.model.shape import ModelShape
 
 RECORD = "metrics.jsonl"
 """The record's name in the folder of the checkpoints: a line of JSON for each step."""
+
+
+class Count(Protocol):
+    """Knows which corpora samples came from."""
+
+    def samples(self, consumed: int) -> dict[str, int]:
+        """Count the first `consumed` samples by corpus."""
+
+
+class Counted(Protocol):
+    """Data that may know it, on the process that reports."""
+
+    @property
+    def count(self) -> Count | None:
+        """None where nothing is known."""
+
+
+class Figures(Protocol):
+    """Has something to say of the last step."""
+
+    @property
+    def figures(self) -> Mapping[str, object]:
+        """By name; numbers are drawn in TensorBoard too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,9 +124,24 @@ class Metrics:
     """Stands around the engine's `training_log`, which every process calls after each step."""
 
     def __init__(
-        self, args: Namespace, shape: ModelShape, datasets: Datasets, peak_tflops: float | None
+        self,
+        args: Namespace,
+        shape: ModelShape,
+        datasets: Counted,
+        peak_tflops: float | None,
+        lessons: Figures | None = None,
     ) -> None:
-        """Take the engine's validated arguments, the model, its data and the device's peak."""
+        """Take the engine's validated arguments, the model, its data and the device's peak.
+
+        Args:
+            args: the engine's, validated.
+            shape: the model.
+            datasets: they may know which corpora samples came from.
+            peak_tflops: of one device.
+            lessons: what a teacher's part in the run adds to the record of each step.
+        """
+        self._lessons = lessons
+        self._waits_ms: list[float] = []
         self._args = args
         self._shape = shape
         self._datasets = datasets
@@ -167,10 +204,15 @@ class Metrics:
             "grad_norm": None if step["grad_norm"] is None else float(step["grad_norm"]),
             "skipped": bool(step["skipped_iter"]),
         }
+        lessons = {} if self._lessons is None else dict(self._lessons.figures)
+        row |= lessons
+        if "kd wait ms" in lessons:
+            self._waits_ms.append(float(str(lessons["kd wait ms"])))
         if speed is not None:
             corpora = self._corpus_tokens()
-            print(line(iteration, tokens, speed, corpora), flush=True)
+            print(line(iteration, tokens, speed, corpora) + self._waited(), flush=True)
             plot(get_tensorboard_writer(), iteration, tokens, speed, corpora)
+            plot_lessons(get_tensorboard_writer(), iteration, lessons)
             row |= {
                 "tokens_per_second": speed.tokens_per_second,
                 "tflops_per_gpu": speed.tflops_per_gpu,
@@ -181,6 +223,11 @@ class Metrics:
             if self._record is None:
                 self._record = Record(Path(self._args.save) / RECORD, last_iteration=iteration - 1)
             self._record.add(row)
+
+    def _waited(self) -> str:
+        """Say how long the steps of an interval waited for their targets, on average."""
+        waits, self._waits_ms = self._waits_ms, []
+        return f" | kd_wait_ms: {sum(waits) / len(waits):.1f}" if waits else ""
 
     def _corpus_tokens(self) -> dict[str, int]:
         count = self._datasets.count
@@ -227,6 +274,13 @@ def plot(
     writer.add_scalar("tokens/seen", tokens, iteration)
     for name, count in corpora.items():
         writer.add_scalar(f"tokens/{name}", count, iteration)
+
+
+def plot_lessons(writer: Writer | None, iteration: int, lessons: Mapping[str, object]) -> None:
+    """Draw the numbers of a teacher's part in TensorBoard."""
+    for name, value in lessons.items():
+        if writer is not None and isinstance(value, int | float):
+            writer.add_scalar(f"distillation/{name.replace(' ', '-')}", value, iteration)
 
 
 def _short(number: float) -> str:

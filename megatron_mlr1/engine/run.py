@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.enums import ModelType
@@ -20,10 +20,14 @@ from megatron.training.arguments import parse_and_validate_args
 from megatron.training.models.gpt import GPTModelConfig
 
 import megatron_mlr1
-from megatron_mlr1.data.mixture import ResolvedCorpus, data_path_words
+from megatron_mlr1.data.feed import are_packs
+from megatron_mlr1.data.mixture import Blend, data_path_words
+from megatron_mlr1.data.provenance import read_record
 from megatron_mlr1.engine import command_line, machine, mends, start
-from megatron_mlr1.engine.datasets import Datasets
-from megatron_mlr1.engine.forward import ForwardStep
+from megatron_mlr1.engine.datasets import MegatronDatasets
+from megatron_mlr1.engine.distillation import Distilling
+from megatron_mlr1.engine.forward import ForwardStep, Kernel
+from megatron_mlr1.engine.loaders import Loaders
 from megatron_mlr1.engine.metrics import Metrics
 from megatron_mlr1.errors import ConfigError
 from megatron_mlr1.model.build import finish
@@ -33,12 +37,12 @@ from megatron_mlr1.options import Mlr1Options, add_mlr1_arguments
 from megatron_mlr1.recipes import Plan
 
 
-def run(plan: Plan, corpora: Sequence[ResolvedCorpus], *, rank: int) -> None:
+def run(plan: Plan, blends: Sequence[Blend], *, rank: int) -> None:
     """Train by a plan, to its end or until a signal.
 
     Args:
         plan: what `recipes.expand` made of the command line.
-        corpora: the files of its mixture; empty where the engine's own flags bring the data.
+        blends: the files of its mixtures; empty where the engine's own flags bring the data.
         rank: this process's place in the whole run.
 
     Raises:
@@ -46,23 +50,39 @@ def run(plan: Plan, corpora: Sequence[ResolvedCorpus], *, rank: int) -> None:
     """
     mends.apply()
     machine.environment()
-    words = words_of(plan, corpora, announce=rank == 0)
+    words = words_of(plan, blends, announce=rank == 0)
     args, model = _configure(words)
-    _train(args, model, plan.options, [corpus.name for corpus in corpora])
+    learning = plan.options.distillation
+    distilling: Distilling | None = None
+    if learning.teacher is not None:
+        distilling = Distilling(args, learning, former_teacher=_former_teacher(plan))
+    datasets: Loaders | MegatronDatasets
+    if plan.dataset == "mlr1":
+        datasets = Loaders(args, plan.options, blends, distilling)
+    else:
+        names = [corpus.name for blend in blends for corpus in blend.corpora]
+        datasets = MegatronDatasets(args, plan.options, names)
+    try:
+        _train(args, model, plan.options, datasets, distilling)
+    finally:
+        if distilling is not None:
+            distilling.close()
 
 
-def words_of(plan: Plan, corpora: Sequence[ResolvedCorpus], *, announce: bool) -> tuple[str, ...]:
+def words_of(plan: Plan, blends: Sequence[Blend], *, announce: bool) -> tuple[str, ...]:
     """Put together all of the engine's words, and write them beside the checkpoints."""
     command_line.refuse_unknown(plan.words, command_line.parser())
     own, load = start.without(plan.words, "--load")
     _, save = start.without(own, "--save")
-    data = data_path_words(corpora) if corpora else ()
+    data = _data_words(plan, blends)
     words = (*machine.words(own), *data, *_defaults(plan, save), *own)
     this_run = start.Run(
         model=str(plan.options.model),
         stage=str(plan.options.stage),
+        dataset=plan.dataset,
         words=words,
         versions=_versions(),
+        teacher=_former_teacher(plan),
     )
     begin = start.decide(
         run=this_run,
@@ -70,6 +90,7 @@ def words_of(plan: Plan, corpora: Sequence[ResolvedCorpus], *, announce: bool) -
         load=None if load is None else Path(load),
         from_scratch=plan.options.from_scratch,
         needs_load=plan.starts_from,
+        new_data_order=plan.options.new_data_order,
     )
     _refuse_no_tokenizer(words, plan.options.data_root)
     if announce:
@@ -77,6 +98,42 @@ def words_of(plan: Plan, corpora: Sequence[ResolvedCorpus], *, announce: bool) -
         if save is not None:
             this_run.write(Path(save))
     return words + begin.words
+
+
+def _former_teacher(plan: Plan) -> str:
+    """Give the teacher that this run learned from before, "" where it had none.
+
+    Raises:
+        ConfigError: there was one, and now there is none.
+    """
+    options = plan.options
+    save, load = (start.without(plan.words, flag)[1] for flag in ("--save", "--load"))
+    former = start.former_teacher(
+        str(options.model),
+        str(options.stage),
+        None if save is None else Path(save),
+        None if load is None else Path(load),
+    )
+    if former and options.distillation.teacher is None and not options.distillation.new_teacher:
+        raise ConfigError(
+            f"This run has learned from the teacher {former}, and --teacher is missing; without it "
+            "the objective would change. Give --teacher again, or --kd-new-teacher to go on "
+            "without."
+        )
+    return former
+
+
+def _data_words(plan: Plan, blends: Sequence[Blend]) -> tuple[str, ...]:
+    """Say in the engine's words which data are read, by whom, and whether documents are masked."""
+    words = data_path_words(blends[0].corpora) if blends else ()
+    if plan.dataset == "mlr1":
+        words += ("--dataloader-type", "external")
+    corpora = [corpus for blend in blends for corpus in blend.corpora]
+    if plan.options.document_mask:
+        words += ("--dataloader-inter-document-masking", "--eod-mask-loss")
+    elif any(are_packs(read_record(str(corpus.prefix))) for corpus in corpora):
+        words += ("--dataloader-inter-document-masking",)
+    return words
 
 
 def _defaults(plan: Plan, save: str | None) -> tuple[str, ...]:
@@ -124,21 +181,29 @@ def _configure(words: Sequence[str]) -> tuple[Namespace, GPTModelConfig]:
             "lists them all."
         ) from error
     finish(model.transformer)
+    if args.dataloader_inter_document_masking:
+        # Stages hand on [B * S, 1, H] then, where the engine expects [S, B, H].
+        model.transformer.variable_seq_lengths = True
     return args, model
 
 
 def _train(
-    args: Namespace, model: GPTModelConfig, options: Mlr1Options, corpora: Sequence[str]
+    args: Namespace,
+    model: GPTModelConfig,
+    options: Mlr1Options,
+    datasets: Loaders | MegatronDatasets,
+    distilling: Distilling | None,
 ) -> None:
     model.transformer_layer_spec = partial(_layers, swiglu_kernel=options.kernels["swiglu"])
-    datasets = Datasets(args, corpora)
     peak = machine.peak_tflops(options.peak_tflops)
-    Metrics(args, shape_of(args), datasets, peak).install()
+    Metrics(args, shape_of(args), datasets, peak, distilling).install()
+    if distilling is not None:
+        distilling.install()
     pretrain(
         pretrain_cfg_container_from_args(args, model),
         datasets,
         ModelType.encoder_or_decoder,
-        ForwardStep(args),
+        ForwardStep(args, cast(Kernel, options.kernels["linear_cross_entropy"]), distilling),
     )
 
 

@@ -7,7 +7,7 @@ carry one stage's schedule into the next. Both are decided here instead.
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -26,11 +26,17 @@ class Run:
 
     model: str
     stage: str
+    dataset: str
+    """Whose datasets gave the samples their order: one of `options.DATASETS`."""
+
     words: tuple[str, ...]
     """The words that the engine got."""
 
     versions: dict[str, str]
     """Of Python, torch, Megatron-Core and this package."""
+
+    teacher: str = ""
+    """Fingerprint of the teacher that the run learned from; "" where it has had none."""
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
@@ -44,7 +50,8 @@ class Run:
             return None
         try:
             fields = json.loads(path.read_text())
-            return cls(**{**fields, "words": tuple(fields["words"])})
+            # Before there was a choice, all runs read by Megatron's datasets.
+            return cls(**{"dataset": "megatron", **fields, "words": tuple(fields["words"])})
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{path} cannot be read ({error}); it is the record that training writes beside "
@@ -78,7 +85,13 @@ class Start:
 
 
 def decide(
-    *, run: Run, save: Path | None, load: Path | None, from_scratch: bool, needs_load: str | None
+    *,
+    run: Run,
+    save: Path | None,
+    load: Path | None,
+    from_scratch: bool,
+    needs_load: str | None,
+    new_data_order: bool,
 ) -> Start:
     """Decide where a run starts.
 
@@ -88,19 +101,22 @@ def decide(
         load: folder that the user names to start from.
         from_scratch: the user wants random weights even for a later stage.
         needs_load: the stage whose weights this one starts from.
+        new_data_order: the user wants another dataset's order from the checkpoint on.
 
     Raises:
-        ConfigError: a later stage without weights to start from, or a folder of another run.
+        ConfigError: a later stage without weights to start from, a folder of another run, or one
+            whose samples came in another order.
         CheckpointError: nothing to load where the user says.
     """
     if save is not None and has_checkpoint(save):
         _refuse_other_run(run, save)
         _refuse_release(save)
+        _refuse_other_order(run, save, new_data_order=new_data_order)
         return Start(
             words=("--load", str(save)), reason=f"goes on from its last checkpoint in {save}"
         )
     if load is not None and load != save:
-        return _from(load, run)
+        return _from(load, run, new_data_order=new_data_order)
     if needs_load is not None and not from_scratch:
         raise ConfigError(
             f"Stage {run.stage} starts from the weights of {needs_load}, and --load is missing. "
@@ -110,12 +126,43 @@ def decide(
     return Start(words=(), reason="starts from random weights")
 
 
+def former_teacher(model: str, stage: str, save: Path | None, load: Path | None) -> str:
+    """Give the teacher that a run learned from before it goes on; "" where there was none.
+
+    Args:
+        model: of the run.
+        stage: of the run; another stage's teacher does not bind this one.
+        save: folder of its checkpoints.
+        load: folder that the user names to start from.
+
+    Raises:
+        CheckpointError: a record cannot be read.
+    """
+    for folder in (save, load):
+        if folder is not None and has_checkpoint(folder):
+            run = Run.read(folder)
+            same = run is not None and (run.model, run.stage) == (model, stage)
+            return run.teacher if run is not None and same else ""
+    return ""
+
+
+def remember_teacher(folder: Path, fingerprint: str) -> None:
+    """Write into a folder's record from which teacher its run learns.
+
+    Raises:
+        CheckpointError: the record cannot be read or written.
+    """
+    run = Run.read(folder)
+    assert run is not None, "a run writes its record before it opens its teacher"
+    replace(run, teacher=fingerprint).write(folder)
+
+
 def has_checkpoint(folder: Path) -> bool:
     """Tell whether the engine finds a whole checkpoint in a folder."""
     return (folder / TRACKER).is_file()
 
 
-def _from(load: Path, run: Run) -> Start:
+def _from(load: Path, run: Run, *, new_data_order: bool) -> Start:
     if not has_checkpoint(load):
         raise CheckpointError(
             f"--load {load} holds no checkpoint ({TRACKER} is missing). Give the folder that a run "
@@ -123,6 +170,7 @@ def _from(load: Path, run: Run) -> Start:
         )
     other = Run.read(load)
     if other is not None and (other.model, other.stage) == (run.model, run.stage):
+        _refuse_other_order(run, load, new_data_order=new_data_order)
         return Start(
             words=("--load", str(load)), reason=f"goes on from {load}, the same stage's run"
         )
@@ -145,6 +193,18 @@ def _refuse_other_run(run: Run, save: Path) -> None:
             f"--save {save} holds checkpoints of {other.model} {other.stage}, and this run is "
             f"{run.model} {run.stage}. Give each stage a folder of its own; to start from those "
             "weights name that folder with --load."
+        )
+
+
+def _refuse_other_order(run: Run, folder: Path, *, new_data_order: bool) -> None:
+    """Keep a run's samples in one order: in another, some come twice and others never."""
+    other = Run.read(folder)
+    if other is not None and other.dataset != run.dataset and not new_data_order:
+        raise ConfigError(
+            f"{folder} is of a run that read its data by --mlr1-dataset {other.dataset}, and this "
+            f"one reads by {run.dataset}: another order, in which samples that were seen come "
+            f"again. Give --mlr1-dataset {other.dataset} to go on in the old order, or "
+            "--new-data-order to take the new one from here on."
         )
 
 

@@ -12,11 +12,8 @@ from megatron_mlr1.errors import ConfigError
 from megatron_mlr1.options import Mlr1Options, choose, split_words
 from megatron_mlr1.recipes import sheet as sheets
 from megatron_mlr1.recipes.batch import Layout, largest_micro_batch, refuse_misfit
+from megatron_mlr1.recipes.data_flags import DATA_FLAGS, SPLIT_PATHS, refuse_the_others_flags
 from megatron_mlr1.recipes.sheet import Flag, Mixture, Sheet
-
-SPLIT_PATHS = ("train-data-path", "valid-data-path", "test-data-path", "per-split-data-args-path")
-DATA_FLAGS = ("data-path", "data-args-path", "mock-data", *SPLIT_PATHS)
-"""With any of these the data are given by path, and no mixture is read."""
 
 PARALLEL_FLAGS = (
     "tensor-model-parallel-size",
@@ -43,16 +40,13 @@ DISPLACES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 NEEDS: Mapping[str, str] = MappingProxyType(
     {
-        "teacher": "distils a teacher's logits, and this version has no teacher yet. Train a "
-        "pretrain_* stage instead; for plain cross-entropy on this stage's corpora use "
-        "`--stage pretrain_phase2 --mixture {mixture}` with the numbers of "
-        "`python tools/recipes.py show {model} {stage}`.",
-        "chats": "trains on chats, and this version has no fine-tuning data set yet. Train a "
-        "pretrain_* stage instead; `python tools/recipes.py show {model} {stage}` prints the "
-        "flags that this stage will run with.",
+        "teacher": "distils a teacher's distribution, and --teacher is missing. Serve one with "
+        "tools/serve_teacher.py and give its address (docs/distillation.md); for plain "
+        "cross-entropy on this stage's corpora use `--stage pretrain_phase2 --mixture {mixture}` "
+        "with the numbers of `python tools/recipes.py show {model} {stage}`.",
     }
 )
-"""What a stage can need that is not here yet, and what to do instead."""
+"""What a stage can need beside its corpora, and what to do without."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,20 +65,26 @@ class Plan:
     mixture: Mixture | None
     """The corpora to read; None where the user brings the data by an engine flag."""
 
+    switches: tuple[tuple[int, Mixture], ...]
+    """(consumed samples, the mixture from there on), by rising sample; none of them at 0."""
+
+    dataset: str
+    """Whose datasets give the samples, one of `DATASETS`; mock data are the engine's own."""
+
     starts_from: str | None
     """The stage whose weights this one starts from; None starts from random weights."""
 
     needs: str | None
-    """What this version lacks to run the stage, a key of `NEEDS`."""
+    """What the command line must bring to run the stage, a key of `NEEDS`."""
 
     def require_runnable(self) -> None:
-        """Refuse to train what this version or this command line cannot.
+        """Refuse to train what this command line cannot.
 
         Raises:
-            ConfigError: the stage needs what is not here yet, or the corpora have no folder.
+            ConfigError: the stage needs what was not given, or the corpora have no folder.
         """
         model, stage = self.options.model, self.options.stage
-        if self.needs is not None:
+        if self.needs == "teacher" and self.options.distillation.teacher is None:
             mixture = "NAME" if self.mixture is None else self.mixture.name
             reason = NEEDS[self.needs].format(model=model, stage=stage, mixture=mixture)
             raise ConfigError(f"Stage {stage} {reason}")
@@ -120,11 +120,16 @@ def expand(words: Sequence[str], world_size: int) -> Plan:
     kept = {name: flag for name, flag in merged.items() if final.get(name) is flag}
     kept = _fit_batch(kept, final, world_size)
     _refuse_long_warmup(final)
+    mixture = _mixture(options, recipe.mixture or stage.mixture, final)
+    dataset = "megatron" if "mock-data" in final else options.dataset
+    refuse_the_others_flags(options, final, dataset)
     return Plan(
         words=tuple(word for flag in kept.values() for word in flag.words) + user_words,
         flags=(*kept.values(), *user),
         options=options,
-        mixture=_mixture(options, recipe.mixture or stage.mixture, final),
+        mixture=mixture,
+        switches=_switches(options, mixture),
+        dataset=dataset,
         starts_from=stage.starts_from,
         needs=stage.needs,
     )
@@ -251,3 +256,13 @@ def _mixture(
         return None
     name = options.mixture or in_recipe
     return None if name is None else sheets.mixture(name)
+
+
+def _switches(options: Mlr1Options, mixture: Mixture | None) -> tuple[tuple[int, Mixture], ...]:
+    """Read the mixtures that follow the first."""
+    if options.mixture_switch and mixture is None:
+        raise ConfigError(
+            "--mixture-switch changes the mixture, and this run reads none: its data are given by "
+            "path. Leave the paths out and give --mixture, or leave --mixture-switch out."
+        )
+    return tuple((sample, sheets.mixture(name)) for sample, name in options.mixture_switch)

@@ -79,7 +79,7 @@ class Sheet:
     """A stage only: the stage whose weights it starts from."""
 
     needs: str | None = None
-    """A stage only: what this version does not have yet, a key of `plan.NEEDS`."""
+    """A stage only: what the command line must bring beside its corpora, a key of `plan.NEEDS`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -77,7 +77,7 @@ Train = Callable[..., Finished]
 
 @pytest.fixture(scope="session")
 def train(corpora: Corpora) -> Train:
-    """Run `torchrun -m megatron_mlr1.train`, to its end or until a signal at a step."""
+    """Run `torchrun -m megatron_mlr1.train`, disturbed at a step if asked."""
 
     def run(
         save: Path,
@@ -85,6 +85,7 @@ def train(corpora: Corpora) -> Train:
         processes: int = 1,
         stage: str = "pretrain_phase1",
         signal_at: tuple[int, signal.Signals] | None = None,
+        at_step: tuple[int, Callable[[], object]] | None = None,
         gpu: bool = False,
     ) -> Finished:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -108,19 +109,27 @@ def train(corpora: Corpora) -> Train:
             )
             if signal_at is not None:
                 interrupt(process, save, *signal_at)
+            if at_step is not None:
+                wait_for(process, save, at_step[0])
+                at_step[1]()
             code = process.wait(timeout=300)
         return Finished(code=code, output=log.read_text())
 
     return run
 
 
-def interrupt(process: "subprocess.Popen[bytes]", save: Path, step: int, which: int) -> None:
-    """Send a signal as soon as the record shows a step."""
+def wait_for(process: "subprocess.Popen[bytes]", save: Path, step: int) -> None:
+    """Wait until the record shows a step."""
     deadline = time.monotonic() + 200
     while not any(row["iteration"] >= step for row in record(save).values()):
-        assert process.poll() is None, "the run ended before the signal"
+        assert process.poll() is None, "the run ended before the step"
         assert time.monotonic() < deadline, "the run never came to the step"
         time.sleep(0.02)
+
+
+def interrupt(process: "subprocess.Popen[bytes]", save: Path, step: int, which: int) -> None:
+    """Send a signal as soon as the record shows a step."""
+    wait_for(process, save, step)
     if which == signal.SIGKILL:
         # Nothing may be left that could still save: torchrun, its workers and their helpers.
         for child in descendants(process.pid):

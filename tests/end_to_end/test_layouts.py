@@ -31,6 +31,16 @@ def test_losses_and_gradient_norms_are_the_single_processs(layout, train, single
     assert worst(save, single, FIRST) < LIMIT
 
 
+def test_stages_hand_on_masked_documents(train, from_step_five):
+    alone, pipeline = from_step_five("alone"), from_step_five("pipeline")
+    done = train(alone, "--save-interval", "20", "--document-mask")
+    assert done.code == 0, done.output[-3000:]
+    words = ("--save-interval", "20", "--document-mask", *LAYOUTS["pipeline"])
+    done = train(pipeline, *words, processes=2)
+    assert done.code == 0, done.output[-3000:]
+    assert worst(pipeline, alone, FIRST) < LIMIT
+
+
 def test_a_checkpoint_of_one_layout_goes_on_in_another(train, single, from_step_five, tmp_path):
     pipeline = from_step_five("pipeline")
     words = LAYOUTS["pipeline"]

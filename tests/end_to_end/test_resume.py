@@ -1,28 +1,43 @@
 """A run that is stopped and started again is bitwise the run that never was."""
 
+import re
 import signal
 
 from tests.end_to_end.conftest import LAST, exact, record
 
 REAL = ("--bf16", "--overlap-grad-reduce", "--overlap-param-gather", "--save-interval", "10")
 """As on a cluster: bf16 weights, distributed optimizer, communication overlapped."""
+EVALUATED = ("--eval-iters", "1", "--eval-interval", "4", "--split", "80,20,0")
+
+
+def validation(output):
+    """The validation losses of a run's log, by step."""
+    found = re.findall(r"validation loss at iteration (\d+) \| lm loss value: (\S+)", output)
+    return {int(step): loss for step, loss in found}
 
 
 def test_after_sigterm_and_after_kill_the_losses_are_the_same_to_the_last_bit(train, tmp_path):
     whole = tmp_path / "whole"
-    assert train(whole, *REAL, processes=2).code == 0
+    words = (*REAL, *EVALUATED)
+    uninterrupted = train(whole, *words, processes=2)
+    assert uninterrupted.code == 0, uninterrupted.output[-3000:]
 
     save = tmp_path / "stopped"
-    done = train(save, *REAL, processes=2, signal_at=(6, signal.SIGTERM))
+    done = train(save, *words, processes=2, signal_at=(6, signal.SIGTERM))
+    losses = validation(done.output)
     saved_at = int((save / "latest_checkpointed_iteration.txt").read_text())
     assert saved_at >= 6, done.output[-3000:]
     assert saved_at % 10 != 0, "this was an ordinary checkpoint, not one made for the signal"
 
-    train(save, *REAL, processes=2, signal_at=(13, signal.SIGKILL))
+    done = train(save, *words, processes=2, signal_at=(13, signal.SIGKILL))
+    losses |= validation(done.output)
     assert int((save / "latest_checkpointed_iteration.txt").read_text()) == 10
 
-    done = train(save, *REAL, processes=2)
+    done = train(save, *words, processes=2)
+    losses |= validation(done.output)
     assert done.code == 0, done.output[-3000:]
     assert "goes on from its last checkpoint" in done.output
     assert exact(save) == exact(whole)
+    assert losses == validation(uninterrupted.output)
+    assert list(losses) == [*range(4, LAST, 4)]
     assert record(save)[LAST]["corpus_tokens"] == record(whole)[LAST]["corpus_tokens"]

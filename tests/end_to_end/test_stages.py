@@ -16,7 +16,7 @@ from megatron.training.global_vars import destroy_global_vars  # noqa: E402
 
 def test_the_next_stage_starts_from_the_weights_with_its_own_schedule(train, single, tmp_path):
     save = tmp_path / "phase2"
-    words = ("--load", str(single), "--dataloader-inter-document-masking", "--train-iters", "6")
+    words = ("--load", str(single), "--document-mask", "--train-iters", "6")
     done = train(save, *words, stage="pretrain_phase2")
     assert done.code == 0, done.output[-3000:]
     assert "starts from the weights of pretrain_phase1" in done.output
@@ -28,6 +28,31 @@ def test_the_next_stage_starts_from_the_weights_with_its_own_schedule(train, sin
     assert json.loads((save / "run.json").read_text())["stage"] == "pretrain_phase2"
     # 16 sequences of 64 tokens, cut into documents, have less attention than whole ones.
     assert rows[5]["tflops_per_gpu"] > 0
+
+
+def test_megatrons_order_is_taken_where_asked_and_not_by_chance(train, from_step_five):
+    save = from_step_five("save")
+    words = ("--mlr1-dataset", "megatron", "--exit-interval", "7", "--log-interval", "1")
+    refused = train(save, *words)
+    assert refused.code != 0
+    assert "read its data by --mlr1-dataset mlr1, and this one reads by megatron" in refused.output
+    done = train(save, *words, "--new-data-order")
+    assert done.code == 0, done.output[-3000:]
+    assert set(record(save)) == {6, 7}
+    assert sum(record(save)[7]["corpus_tokens"].values()) == record(save)[7]["tokens"]
+    assert json.loads((save / "run.json").read_text())["dataset"] == "megatron"
+
+
+def test_the_mixture_changes_at_its_sample(train, corpora, from_step_five):
+    tests_alone = corpora.root / "tests_alone.yaml"
+    tests_alone.write_text("about: tests\ncorpora:\n  tests: {weight: 1, dataset: its tests}\n")
+    save = from_step_five("save")
+    words = ("--mixture-switch", f"{6 * 16}={tests_alone}", "--log-interval", "1")
+    done = train(save, *words, "--exit-interval", "8")
+    assert done.code == 0, done.output[-3000:]
+    seen = {step: row.get("corpus_tokens") for step, row in record(save).items()}
+    assert seen[8]["code"] == seen[7]["code"], "after step 6 none of it is read"
+    assert seen[8]["tests"] == seen[7]["tests"] + 16 * 64
 
 
 def test_training_has_written_its_words_beside_the_checkpoints(single):
@@ -45,9 +70,13 @@ BAD = {
     "an unknown size": (("--model", "950n", "--stage", "pretrain_phase1"), "950m"),
     "an unknown stage": (("--model", "tiny", "--stage", "pretrain_phase3"), "pretrain_phase"),
     "no data root": (("--model", "tiny", "--stage", "pretrain_phase1"), "--data-root is missing"),
-    "a teacher that is not there": (
+    "no teacher": (
         ("--model", "tiny", "--stage", "midtrain_phase1", "--data-root", "."),
-        "teacher",
+        "--teacher is missing",
+    ),
+    "a teacher for Megatron's order": (
+        (*MOCK[:4], "--data-root", ".", "--mlr1-dataset", "megatron", "--teacher", "null:512,8"),
+        "--teacher belongs to --mlr1-dataset mlr1",
     ),
     "a missing corpus": (
         ("--model", "tiny", "--stage", "pretrain_phase1", "--data-root", "nowhere"),

@@ -9,6 +9,7 @@ cpu.activate()
 from megatron_mlr1.engine import machine  # noqa: E402
 from megatron_mlr1.engine.command_line import parser, refuse_unknown  # noqa: E402
 from megatron_mlr1.errors import ConfigError  # noqa: E402
+from megatron_mlr1.recipes.data_flags import MEGATRONS  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,10 @@ def test_help_shows_our_group_before_the_engines(known):
 def test_the_machines_flags_are_the_engines(known):
     refuse_unknown(machine.words(()), known)
     refuse_unknown(machine.WITHOUT_TRANSFORMER_ENGINE, known)
+
+
+def test_the_flags_of_megatrons_datasets_are_the_engines(known):
+    refuse_unknown([f"--{name}" for name in MEGATRONS], known)
 
 
 def test_fp8_without_a_device_for_it_is_refused():

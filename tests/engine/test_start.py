@@ -1,15 +1,27 @@
 """Where a run starts."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from megatron_mlr1.engine.start import RUN, TRACKER, Run, decide, without
+from megatron_mlr1.engine.start import (
+    RUN,
+    TRACKER,
+    Run,
+    decide,
+    former_teacher,
+    remember_teacher,
+    without,
+)
 from megatron_mlr1.errors import CheckpointError, ConfigError
 
 
 def a_run(stage: str = "pretrain_phase2", model: str = "tiny") -> Run:
-    return Run(model=model, stage=stage, words=("--lr", "1"), versions={"torch": "2"})
+    return Run(
+        model=model, stage=stage, dataset="mlr1", words=("--lr", "1"), versions={"torch": "2"}
+    )
 
 
 def checkpoint(folder: Path, run: Run | None) -> Path:
@@ -22,6 +34,7 @@ def checkpoint(folder: Path, run: Run | None) -> Path:
 
 def start(run: Run, **given):
     plain = {"save": None, "load": None, "from_scratch": False, "needs_load": None}
+    plain["new_data_order"] = False
     return decide(run=run, **(plain | given))
 
 
@@ -90,6 +103,29 @@ def test_weights_of_another_model_are_refused(tmp_path):
         start(a_run(), load=other)
 
 
+@pytest.mark.parametrize("given", ["save", "load"])
+def test_another_order_of_the_samples_is_refused_unless_asked_for(tmp_path, given):
+    folder = checkpoint(tmp_path / "run", replace(a_run(), dataset="megatron"))
+    with pytest.raises(ConfigError, match=r"by --mlr1-dataset megatron, .* reads by mlr1"):
+        start(a_run(), **{given: folder})
+    found = start(a_run(), **{given: folder}, new_data_order=True)
+    assert found.words == ("--load", str(folder))
+
+
+def test_weights_of_a_former_stage_may_have_seen_any_order(tmp_path):
+    former = replace(a_run("pretrain_phase1"), dataset="megatron")
+    folder = checkpoint(tmp_path / "former", former)
+    assert start(a_run(), load=folder).words == ("--pretrained-checkpoint", str(folder))
+
+
+def test_a_record_from_before_there_was_a_choice_is_of_megatrons_order(tmp_path):
+    a_run().write(tmp_path)
+    fields = json.loads((tmp_path / RUN).read_text())
+    del fields["dataset"]
+    (tmp_path / RUN).write_text(json.dumps(fields))
+    assert Run.read(tmp_path) == replace(a_run(), dataset="megatron")
+
+
 def test_the_record_of_a_run_comes_back_as_it_was_written(tmp_path):
     a_run().write(tmp_path)
     assert Run.read(tmp_path) == a_run()
@@ -112,3 +148,22 @@ def test_a_flag_with_a_value_is_taken_out_in_both_spellings():
     words = ("--a", "1", "--load", "x", "--b", "--load=y")
     assert without(words, "--load") == (("--a", "1", "--b"), "y")
     assert without(words, "--c") == (words, None)
+
+
+def test_a_stage_remembers_its_teacher_and_another_stage_does_not_inherit_it(tmp_path):
+    save = checkpoint(tmp_path / "save", a_run())
+    assert former_teacher("tiny", "pretrain_phase2", save, None) == ""
+    remember_teacher(save, "ab" * 16)
+    assert former_teacher("tiny", "pretrain_phase2", save, None) == "ab" * 16
+    assert former_teacher("tiny", "pretrain_phase2", tmp_path / "new", save) == "ab" * 16
+    assert former_teacher("tiny", "midtrain_phase1", tmp_path / "new", save) == ""
+    assert former_teacher("tiny", "pretrain_phase2", tmp_path / "new", None) == ""
+    assert Run.read(save) == replace(a_run(), teacher="ab" * 16)
+
+
+def test_a_record_of_a_run_without_a_teacher_is_read_as_before(tmp_path):
+    save = checkpoint(tmp_path / "save", a_run())
+    fields = json.loads((save / RUN).read_text())
+    del fields["teacher"]
+    (save / RUN).write_text(json.dumps(fields))
+    assert Run.read(save) == a_run()

@@ -11,7 +11,9 @@ from megatron_mlr1.recipes.plan import NEEDS, merge
 from megatron_mlr1.recipes.sheet import names, packaged
 
 STAGES = names("stages")
-PAPER_BATCH = {"pretrain": 2048, "midtrain": 512, "sft_general": 512, "sft_reasoning": 1024}
+PAPER_BATCH = {"pretrain": 2048, "midtrain": 512}
+PAPER_STAGES = [stage for stage in STAGES if not stage.startswith("sft")]
+"""The stages whose batch is the paper's own; those of chats count packs."""
 
 
 def plan(*words: str, world_size: int = 1) -> Plan:
@@ -23,7 +25,7 @@ def values(made: Plan) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("model", "stage"), [*product(("140m", "360m", "950m"), STAGES)], ids=lambda value: value
+    ("model", "stage"), [*product(("140m", "360m", "950m"), PAPER_STAGES)], ids=lambda value: value
 )
 def test_the_global_batch_is_the_papers_on_any_number_of_processes(model: str, stage: str) -> None:
     batch = next(size for start, size in PAPER_BATCH.items() if stage.startswith(start))
@@ -34,10 +36,19 @@ def test_the_global_batch_is_the_papers_on_any_number_of_processes(model: str, s
 
 
 def test_on_the_papers_128_devices_the_micro_batch_is_the_papers() -> None:
-    for stage in STAGES:
+    for stage in PAPER_STAGES:
         asked = values(expand(["--model", "950m", "--stage", stage], 128))["micro-batch-size"]
         printed = {flag.name: flag.values for flag in packaged("stages", stage).flags}
         assert (asked,) == printed["micro-batch-size"]
+
+
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage not in PAPER_STAGES])
+def test_packs_of_chats_share_out_over_whole_nodes(stage: str) -> None:
+    batch = int(values(expand(["--model", "950m", "--stage", stage], 1))["global-batch-size"])
+    for world_size in (8, 16, 32, 64, 128):
+        flags = values(expand(["--model", "950m", "--stage", stage], world_size))
+        assert int(flags["global-batch-size"]) == batch
+        assert batch % (int(flags["micro-batch-size"]) * world_size) == 0
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -196,12 +207,16 @@ def test_a_mixture_without_a_data_root_is_refused_when_training_starts() -> None
     plan("--data-root", "corpora").require_runnable()
 
 
-@pytest.mark.parametrize("stage", [stage for stage in STAGES if not stage.startswith("pretrain")])
-def test_a_stage_that_needs_what_is_not_here_expands_but_does_not_train(stage: str) -> None:
-    made = expand(["--model", "950m", "--stage", stage, "--data-root", "corpora"], 8)
-    need = {"mid": "this version has no teacher", "sft": "no fine-tuning data set"}[stage[:3]]
-    with pytest.raises(ConfigError, match=f"Stage {stage} .*{need}.*Train a pretrain_"):
-        made.require_runnable()
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage.startswith("midtrain")])
+def test_a_stage_that_needs_a_teacher_expands_but_does_not_train_without(stage: str) -> None:
+    words = ["--model", "950m", "--stage", stage, "--data-root", "corpora"]
+    with pytest.raises(ConfigError, match=f"Stage {stage} .*--teacher is missing.*serve_teacher"):
+        expand(words, 8).require_runnable()
+    expand([*words, "--teacher", "tcp://a:1"], 8).require_runnable()
+
+
+def test_any_stage_may_have_a_teacher() -> None:
+    plan("--data-root", "corpora", "--teacher", "tcp://a:1").require_runnable()
 
 
 def test_every_need_of_a_stage_has_a_reason_and_the_reverse() -> None:

@@ -22,11 +22,15 @@ BOS = 1
 MANY_BYTES = 2**30
 
 
-def make_teacher_folder(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
-    """Write a Llama of two layers with a tokenizer of 256 words, and give its folder."""
+def make_teacher_folder(
+    folder: Path, *, seed: int = 0, tokenizer: Path | None = None, **changes: Any
+) -> Path:
+    """Write a Llama of two layers, and give its folder.
+
+    Its tokenizer has 256 words; another folder's is copied where one is given.
+    """
     import torch
-    from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     sizes = {
@@ -41,13 +45,25 @@ def make_teacher_folder(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
         "initializer_range": 0.2,
         "tie_word_embeddings": False,
     }
+    if tokenizer is not None:
+        shared = AutoTokenizer.from_pretrained(tokenizer)
+        sizes |= {"vocab_size": len(shared), "bos_token_id": None, "eos_token_id": None}
+        shared.save_pretrained(folder)
+    else:
+        _save_words(folder)
     LlamaForCausalLM(LlamaConfig(**(sizes | changes))).save_pretrained(folder)
+    return folder
+
+
+def _save_words(folder: Path) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
     words = {"<pad>": 0, "<bos>": BOS} | {f"w{i}": i for i in range(2, VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<bos>", unk_token="<pad>"
     ).save_pretrained(folder)
-    return folder
 
 
 def make_request(lengths: tuple[int, ...], spec: TargetSpec, seed: int = 0) -> TargetRequest:

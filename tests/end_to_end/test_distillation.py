@@ -1,0 +1,215 @@
+"""A student learns from a pool that is disturbed, and nothing of it is seen in what it learns."""
+
+import json
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.conftest import checkpoint_of, exact, record
+from tests.support.teacher_pool import Nursery, pool_of
+from tests.support.teachers import make_teacher_folder
+
+STEPS, FIRST = 12, 4
+KD = ("--from-scratch", "--train-iters", str(STEPS), "--save-interval", str(FIRST))
+PARTS = ("lm loss", "kd loss", "grad_norm", "teacher entropy")
+LAYOUTS = {
+    "data": (),
+    "tensor-and-sequence": ("--tensor-model-parallel-size", "2", "--sequence-parallel"),
+    "pipeline": ("--pipeline-model-parallel-size", "2"),
+}
+LIMIT = 1e-4
+
+
+@pytest.fixture(scope="module")
+def teacher(corpora, tmp_path_factory):
+    """A Llama of random weights with the corpora's tokenizer."""
+    return llama(tmp_path_factory.mktemp("teacher"), corpora)
+
+
+def llama(folder, corpora, **changes):
+    return make_teacher_folder(folder, tokenizer=corpora.root / "tokenizer", **changes)
+
+
+@pytest.fixture(scope="module")
+def nursery(teacher):
+    nursery = Nursery(teacher)
+    yield nursery
+    nursery.close()
+
+
+@pytest.fixture(scope="module")
+def distil(train):
+    def run(save, address, *words, **how):
+        words = ("--teacher", str(address), *KD, *words)
+        return train(save, *words, stage="midtrain_phase1", **how)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def learned(distil, teacher, tmp_path_factory):
+    """One process with the teacher in it, never disturbed."""
+    save = tmp_path_factory.mktemp("learned") / "save"
+    done = distil(save, f"inprocess:{teacher}")
+    assert done.code == 0, done.output[-3000:]
+    return save
+
+
+def ledger(save):
+    return (save / "teacher.jsonl").read_text()
+
+
+def parts(save):
+    return {step: [row[name] for name in PARTS] for step, row in record(save).items()}
+
+
+def test_a_served_teacher_one_of_whose_replicas_is_killed_is_bitwise_the_one_in_the_process(
+    distil, learned, nursery, tmp_path
+):
+    with pool_of(nursery, tmp_path / "pool", 3, delay_s=0.01) as pool:
+        disturbed = (3, lambda: pool.kill("r0"))
+        done = distil(tmp_path / "save", pool.folder, at_step=disturbed)
+    assert done.code == 0, done.output[-3000:]
+    rows = record(tmp_path / "save")
+    assert rows[STEPS]["teacher replicas"] == 2
+    assert parts(tmp_path / "save") == parts(learned)
+    assert ledger(tmp_path / "save") == ledger(learned)
+    assert "kd_wait_ms" in done.output
+    assert all(row["kd wait ms"] >= 0 and row["kd alpha"] == 1 for row in rows.values())
+
+
+def hang_join_and_drain(pool):
+    """One replica hangs, one comes, one is drained and one more comes."""
+    pool.signal("r0", signal.SIGSTOP)
+    pool.start(delay_s=0.01)
+    pool.signal("r1", signal.SIGTERM)
+    pool.start(delay_s=0.01)
+
+
+def all_down_and_back(pool):
+    """All replicas die at once; others come when the run has waited for a while."""
+    for name in list(pool.processes):
+        pool.kill(name)
+    time.sleep(5)
+    for _ in range(2):
+        pool.start(delay_s=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("disturb", [hang_join_and_drain, all_down_and_back])
+def test_whatever_happens_to_the_pool_losses_and_ledger_are_the_same(
+    disturb, distil, learned, nursery, tmp_path
+):
+    save = tmp_path / "save"
+    with pool_of(nursery, tmp_path / "pool", 3, delay_s=0.01) as pool:
+        done = distil(save, pool.folder, "--kd-lookahead", "2", at_step=(3, lambda: disturb(pool)))
+    assert done.code == 0, done.output[-3000:]
+    assert parts(save) == parts(learned)
+    assert ledger(save) == ledger(learned)
+
+
+def test_a_killed_student_goes_on_bitwise_and_its_ledger_too(distil, learned, teacher, tmp_path):
+    save, address = tmp_path / "save", f"inprocess:{teacher}"
+    distil(save, address, signal_at=(FIRST + 2, signal.SIGKILL))
+    done = distil(save, address)
+    assert done.code == 0, done.output[-3000:]
+    assert "goes on from its last checkpoint" in done.output
+    assert exact(save) == exact(learned)
+    assert ledger(save) == ledger(learned)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_learns_what_one_process_learns(layout, distil, learned, nursery, tmp_path):
+    save = checkpoint_of(learned, FIRST, tmp_path / "save")
+    with pool_of(nursery, tmp_path / "pool", 1) as pool:
+        done = distil(save, pool.folder, *LAYOUTS[layout], processes=2)
+    assert done.code == 0, done.output[-3000:]
+    ours, theirs = parts(save), parts(learned)
+    assert set(ours) == set(range(FIRST + 1, STEPS + 1))
+    worst = max(
+        abs(a - b) / abs(b)
+        for step, row in ours.items()
+        for a, b in zip(row, theirs[step], strict=True)
+    )
+    assert worst < LIMIT
+
+
+def test_without_teachers_all_ranks_take_one_branch_then_save_and_end(distil, nursery, tmp_path):
+    save, pool_folder = tmp_path / "save", tmp_path / "pool"
+    words = ("--kd-without-teacher", "ce_only", "--kd-ce-only-budget", "2")
+    words += ("--kd-ce-only-after", "0.5", "--kd-hold-limit", "3", "--kd-lookahead", "1")
+    with pool_of(nursery, pool_folder, 1) as pool:
+        done = distil(save, pool.folder, *words, processes=2, at_step=(2, lambda: pool.kill("r0")))
+    assert re.search(r"exitcode +: 75", done.output), done.output[-3000:]
+    assert done.output.count("this step goes on without the teacher") == 2
+    branches = [json.loads(line)["branch"] for line in ledger(save).splitlines()]
+    last = len(branches)
+    assert branches == ["kd"] * (last - 2) + ["ce_only"] * 2
+    rows = record(save)
+    assert [("kd loss" in rows[step]) for step in (last - 2, last - 1, last)] == [
+        True,
+        False,
+        False,
+    ]
+    assert rows[last]["kd alpha"] == 0
+    saved = int((save / "latest_checkpointed_iteration.txt").read_text())
+    assert saved == last, "what was learned is saved"
+
+    pool_folder.rename(tmp_path / "former")
+    with pool_of(nursery, pool_folder, 1) as pool:
+        done = distil(save, pool.folder, *words, processes=2)
+    assert done.code == 0, done.output[-3000:]
+    branches = [json.loads(line)["branch"] for line in ledger(save).splitlines()]
+    assert len(branches) == STEPS
+    assert branches.count("ce_only") == 2
+
+
+def test_a_share_of_zero_is_the_cross_entropy_alone(train, single, corpora, tmp_path):
+    # As many ids as the student's table has rows, so that none of them is left out.
+    padded = llama(tmp_path / "padded", corpora, vocab_size=512)
+    save = tmp_path / "save"
+    words = ("--teacher", f"inprocess:{padded}", "--kd-alpha", "0", "--exit-interval", "5")
+    done = train(save, *words, "--save-interval", "5")
+    assert done.code == 0, done.output[-3000:]
+    plain = record(single)
+    for step, row in record(save).items():
+        for name in ("lm loss", "grad_norm", "learning_rate"):
+            assert row[name] == pytest.approx(plain[step][name], rel=1e-5)
+        assert row["kd loss"] > 0
+
+
+def test_what_does_not_fit_ends_in_one_error_before_training(
+    distil, corpora, learned, nursery, tmp_path
+):
+    other = llama(tmp_path / "other", corpora, seed=1)
+    short = llama(tmp_path / "short", corpora, max_position_embeddings=32)
+    foreign = make_teacher_folder(tmp_path / "foreign")
+    (tmp_path / "empty").mkdir()
+    cases = {
+        str(tmp_path / "empty"): (75, "no teacher answers"),
+        f"inprocess:{foreign}": (2, "tokenizer_sha256"),
+        f"inprocess:{short}": (2, "it knows 32 positions"),
+    }
+    for number, (address, (code, message)) in enumerate(cases.items()):
+        save = tmp_path / f"save{number}"
+        done = distil(save, address, "--kd-hold-limit", "2")
+        refused(done, code, message)
+        assert record(save) == {}
+    save = checkpoint_of(learned, FIRST, tmp_path / "again")
+    refused(distil(save, f"inprocess:{other}"), 2, "its fingerprint is")
+
+
+def refused(done, code: int, message: str) -> None:
+    assert re.search(rf"exitcode +: {code} ", done.output), done.output[-3000:]
+    errors = [line for line in done.output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "Traceback" not in done.output.split("torch/distributed/elastic")[0]
+
+
+def test_the_record_remembers_the_teacher(learned: Path) -> None:
+    run = json.loads((learned / "run.json").read_text())
+    assert re.fullmatch(r"[0-9a-f]{32}", run["teacher"])
