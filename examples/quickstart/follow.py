@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 STARTS = re.compile(r"^\S+ \S+ (?:starts from|goes on from) .*")
-STEP = re.compile(r"iteration +(?P<step>\d+)/ *(?P<steps>\d+) .* lm loss: (?P<loss>\S+)")
+STEP = re.compile(r"iteration +(?P<step>\d+)/ *(?P<steps>\d+) .*\| lm loss: (?P<loss>\S+)")
 SPEED = re.compile(r"iteration +(?P<step>\d+) .* tokens/s: (?P<speed>\S+)")
 VALIDATION = re.compile(
     r"validation loss at iteration (?P<step>\d+) \| lm loss value: (?P<loss>\S+)"

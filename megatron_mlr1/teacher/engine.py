@@ -17,6 +17,10 @@ class RequestError(TeacherError):
         super().__init__(text)
         self.code = code
 
+    def __reduce__(self) -> tuple[type["RequestError"], tuple[Code, str]]:
+        """Go from process to process with its code."""
+        return type(self), (self.code, str(self))
+
 
 class Engine(Protocol):
     """A teacher; `model.TeacherModel` is one, and another can take its place."""
