@@ -44,6 +44,10 @@ distill: setup ## a teacher, three replicas of it, a student that learns from th
 test: setup ## the tests; what this machine cannot run is skipped, with the reason
 	@pytest </dev/null
 
+.PHONY: test-slow
+test-slow: setup ## the tests that `make test` leaves out because they take long
+	@pytest -m slow </dev/null
+
 .PHONY: lint
 lint: setup ## lint, format, types, import contracts
 	@ruff check .

@@ -50,4 +50,4 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if reason:
                 item.add_marker(pytest.mark.skip(reason=reason))
         if item.get_closest_marker("slow") and not wants_slow:
-            item.add_marker(pytest.mark.skip(reason="takes more than a minute; runs with -m slow"))
+            item.add_marker(pytest.mark.skip(reason="takes long; make test-slow runs it"))

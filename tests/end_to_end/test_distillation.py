@@ -20,6 +20,7 @@ LAYOUTS = {
     "tensor-and-sequence": ("--tensor-model-parallel-size", "2", "--sequence-parallel"),
     "pipeline": ("--pipeline-model-parallel-size", "2"),
 }
+SLOW = ("data", "pipeline")
 LIMIT = 1e-4
 
 
@@ -121,7 +122,10 @@ def test_a_killed_student_goes_on_bitwise_and_its_ledger_too(distil, learned, te
     assert ledger(save) == ledger(learned)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    ["tensor-and-sequence", *(pytest.param(one, marks=pytest.mark.slow) for one in SLOW)],
+)
 def test_every_layout_learns_what_one_process_learns(layout, distil, learned, nursery, tmp_path):
     save = checkpoint_of(learned, FIRST, tmp_path / "save")
     with pool_of(nursery, tmp_path / "pool", 1) as pool:
@@ -167,6 +171,7 @@ def test_without_teachers_all_ranks_take_one_branch_then_save_and_end(distil, nu
     assert branches.count("ce_only") == 2
 
 
+@pytest.mark.slow
 def test_a_share_of_zero_is_the_cross_entropy_alone(train, single, corpora, tmp_path):
     # As many ids as the student's table has rows, so that none of them is left out.
     padded = llama(tmp_path / "padded", corpora, vocab_size=512)

@@ -112,6 +112,7 @@ def test_the_model_learns_from_packs(once: Path) -> None:
     assert losses[-1] < losses[0] - 0.05
 
 
+@pytest.mark.slow
 def test_a_resumed_run_repeats_every_step_exactly(
     once: Path, finetune: Finetune, packs: tuple[Path, ChatSummary], tmp_path: Path
 ) -> None:
@@ -141,6 +142,7 @@ def test_ranks_and_micro_batches_do_not_change_a_step(
         assert steps[step] == pytest.approx(want, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_neighbours_in_a_pack_do_not_change_what_is_learned(
     once: Path,
     weights: Path,

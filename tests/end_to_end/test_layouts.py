@@ -31,6 +31,14 @@ def test_losses_and_gradient_norms_are_the_single_processs(layout, train, single
     assert worst(save, single, FIRST) < LIMIT
 
 
+def test_one_seed_draws_the_same_weights_for_any_micro_batch(train, single, tmp_path):
+    save = tmp_path / "save"
+    done = train(save, "--micro-batch-size", "2", "--exit-interval", "1")
+    assert done.code == 0, done.output[-3000:]
+    ours, theirs = (record(run)[1]["lm loss"] for run in (save, single))
+    assert abs(ours - theirs) < 1e-5 * theirs
+
+
 def test_stages_hand_on_masked_documents(train, from_step_five):
     alone, pipeline = from_step_five("alone"), from_step_five("pipeline")
     done = train(alone, "--save-interval", "20", "--document-mask")
