@@ -161,7 +161,10 @@ def test_a_fresh_process_gives_the_same_bits(teacher_folder):
     """As before and after a restart, and as any two replicas on equal machines."""
     here = answer(teacher_folder)
     words = [sys.executable, __file__, str(teacher_folder)]
+    # The number of threads is part of the fingerprint, and other tests may have changed it here.
+    threads = str(torch.get_num_threads())
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     there = subprocess.run(
         words, stdout=subprocess.PIPE, env=environment, text=True, check=True, timeout=200
     )

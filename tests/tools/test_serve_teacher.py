@@ -2,11 +2,11 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from megatron_mlr1.teacher.pool import Lease, LeaseKeeper
 from tests.support.teachers import TableTeacher, make_keys, serving
 
 TOOL = Path(__file__).parents[2] / "tools" / "serve_teacher.py"
@@ -26,9 +26,13 @@ def test_it_plans_before_anything_is_bought():
 
 def test_it_shows_the_pools_replicas(tmp_path):
     keys, _ = make_keys(tmp_path / "keys")
-    with serving(TableTeacher(), keys=keys, pool=tmp_path / "pool", name="one") as replica:
-        LeaseKeeper(tmp_path / "pool", Lease(name="one", endpoint=replica.endpoint)).keep()
-        words = ("--status", "--once", "--pool", tmp_path / "pool", "--keys", tmp_path / "keys")
+    pool = tmp_path / "pool"
+    with serving(TableTeacher(), keys=keys, pool=pool, name="one"):
+        deadline = time.monotonic() + 30
+        while not list(pool.glob("one*.lease*")):
+            assert time.monotonic() < deadline, "the replica never came to the pool"
+            time.sleep(0.02)
+        words = ("--status", "--once", "--pool", pool, "--keys", tmp_path / "keys")
         shown = run(*words, "--student", "student")
     assert shown.returncode == 0, shown.stderr
     assert "1 of 1 replicas answer" in shown.stdout
