@@ -86,8 +86,8 @@ class SampleOrder:
     def places(self, first: int, count: int) -> Places:
         """Find the samples `first` to `first + count - 1`, `first` being 0 or more.
 
-        A sample takes about 0.1 us, and a call some 40 us more; without the compiled row 1 us, and
-        about 1 ms a call. So ask for many at once.
+        A call costs much more than a sample (`benchmarks/bench_sampler.py`), so ask for many at
+        once.
         """
         firsts = self._schedule.firsts
         found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
