@@ -2,7 +2,6 @@
 """Check corpora (.bin/.idx) and say what they hold; ends with code 2 at the first fault."""
 
 import argparse
-import signal
 import sys
 
 from tqdm import tqdm
@@ -10,7 +9,7 @@ from tqdm import tqdm
 from megatron_mlr1.data.check import check, checksums
 from megatron_mlr1.data.index import bin_path
 from megatron_mlr1.data.merge import find_corpora
-from megatron_mlr1.errors import Mlr1Error
+from megatron_mlr1.ending import clean_exit
 
 
 def main() -> None:
@@ -32,7 +31,7 @@ def main() -> None:
         help="print the SHA-256 of each file, and hold it against the record of the corpus",
     )
     args = parser.parse_args()
-    try:
+    with clean_exit():
         for prefix in find_corpora(args.input):
             quiet = not sys.stderr.isatty() or args.vocab_size is None
             total = bin_path(prefix).stat().st_size
@@ -44,11 +43,6 @@ def main() -> None:
             )
             for path, digest in checksums(prefix).items() if args.checksum else ():
                 print(f"{digest}  {path}")
-    except Mlr1Error as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 
 import argparse
 import json
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from megatron_mlr1.data.index import open_corpus
 from megatron_mlr1.data.inspection import InspectionPlan, inspect
 from megatron_mlr1.data.inspection_words import as_json, as_text
 from megatron_mlr1.data.tokenizers import LOADERS, Tokenizer, TokenizerPlan, load_tokenizer
-from megatron_mlr1.errors import Mlr1Error
+from megatron_mlr1.ending import clean_exit
 
 
 def read_words(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -52,7 +51,7 @@ def read_words(words: Sequence[str] | None = None) -> argparse.Namespace:
 def main(words: Sequence[str] | None = None) -> None:
     """Inspect the corpora and print what was found."""
     args = read_words(words)
-    try:
+    with clean_exit():
         tokenizer = read_tokenizer(args)
         against = [open_corpus(prefix) for prefix in args.against]
         plan = InspectionPlan(
@@ -70,11 +69,6 @@ def main(words: Sequence[str] | None = None) -> None:
                 print(as_text(finding, tokenizer, against, args.ngram), flush=True)
             for warning in finding.warnings:
                 print(warning, file=sys.stderr)
-    except Mlr1Error as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
 
 
 def read_tokenizer(args: argparse.Namespace) -> Tokenizer | None:

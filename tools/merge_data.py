@@ -2,15 +2,13 @@
 """Merge corpora (.bin/.idx) into one; the bytes are those of Megatron-LM's merge_datasets.py."""
 
 import argparse
-import signal
 import sys
-from typing import NoReturn
 
 from tqdm import tqdm
 
 from megatron_mlr1.data.index import bin_path
 from megatron_mlr1.data.merge import find_corpora, merge
-from megatron_mlr1.errors import Mlr1Error
+from megatron_mlr1.ending import clean_exit
 
 
 def main() -> None:
@@ -27,8 +25,7 @@ def main() -> None:
     parser.add_argument("--output-prefix", required=True, help="writes PREFIX.bin and PREFIX.idx")
     parser.add_argument("--overwrite", action="store_true", help="replace a corpus that is there")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, _stop)
-    try:
+    with clean_exit():
         prefixes = find_corpora(args.input)
         total = sum(bin_path(prefix).stat().st_size for prefix in prefixes)
         quiet = not sys.stderr.isatty()
@@ -36,19 +33,10 @@ def main() -> None:
             written = merge(
                 prefixes, args.output_prefix, overwrite=args.overwrite, on_progress=bar.update
             )
-    except Mlr1Error as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
     print(
         f"{written.prefix}: {written.num_documents:,} documents, {written.num_tokens:,} tokens "
         f"({written.dtype.name}) of {len(prefixes)} corpora"
     )
-
-
-def _stop(number: int, frame: object) -> NoReturn:
-    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

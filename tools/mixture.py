@@ -21,7 +21,8 @@ from megatron_mlr1.data.mixture_report import (
     title,
     warnings,
 )
-from megatron_mlr1.errors import ConfigError, MachineError, Mlr1Error
+from megatron_mlr1.ending import clean_exit
+from megatron_mlr1.errors import ConfigError, MachineError
 
 EXAMPLES = """examples:
   python tools/mixture.py show pretrain_phase1 --model 950m --stage pretrain_phase1
@@ -35,11 +36,8 @@ EXAMPLES = """examples:
 def main(words: Sequence[str] | None = None) -> None:
     """Run the program; an error of the user's ends it with its message alone."""
     args = _parser().parse_args(words)
-    try:
+    with clean_exit():
         _show(args)
-    except Mlr1Error as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(error.exit_code) from error
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,10 +2,8 @@
 """Make a corpus for fine-tuning: chats through the model's template into packs of one length."""
 
 import argparse
-import signal
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -13,14 +11,13 @@ from megatron_mlr1.data.chat_corpus import ChatPlan, ChatSummary, make_packs
 from megatron_mlr1.data.chat_encode import ChatEncoding
 from megatron_mlr1.data.chat_layouts import LAYOUTS
 from megatron_mlr1.data.chat_template import TRAIN_ON
-from megatron_mlr1.errors import Mlr1Error
+from megatron_mlr1.ending import clean_exit
 
 
 def main() -> None:
     """Make the corpus and print what it holds."""
     args = _parser().parse_args()
-    signal.signal(signal.SIGTERM, _stop)
-    try:
+    with clean_exit():
         plan = ChatPlan(
             inputs=tuple(args.input),
             output_prefix=args.output_prefix,
@@ -39,11 +36,6 @@ def main() -> None:
         )
         with tqdm(unit=" records", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
             summary = make_packs(plan, lambda records, stored_bytes: bar.update(records))
-    except Mlr1Error as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
     _print(summary, plan.rejected_path)
 
 
@@ -92,10 +84,6 @@ def _print(done: ChatSummary, rejected_path: Path) -> None:
         print(f"  rejected: {count:,} x {reason}")
     if done.too_long or done.rejected:
         print(f"  they are in {rejected_path}")
-
-
-def _stop(number: int, frame: object) -> NoReturn:
-    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
 """List the packaged recipes, or show the engine flags of one with the source of each value."""
 
 import shlex
-import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 
-from megatron_mlr1.errors import Mlr1Error
+from megatron_mlr1.ending import clean_exit
 from megatron_mlr1.recipes import Plan, expand
 from megatron_mlr1.recipes.sheet import mixture, names, packaged
 
@@ -19,14 +18,11 @@ EXAMPLES = """examples:
 def main(words: Sequence[str] | None = None) -> None:
     """Run the program; an error of the user's ends it with its message alone."""
     arguments, rest = _parser().parse_known_args(words)
-    try:
+    with clean_exit():
         if arguments.command == "list":
             print(_list())
         else:
             print(_show(arguments, rest))
-    except Mlr1Error as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(error.exit_code) from error
 
 
 def _parser() -> ArgumentParser:

@@ -2,16 +2,14 @@
 """Repair a corpus (.bin/.idx) into a new one; the damaged one is left as it is."""
 
 import argparse
-import signal
 import sys
-from typing import NoReturn
 
 from tqdm import tqdm
 
 from megatron_mlr1.data.index import bin_path
 from megatron_mlr1.data.merge import find_corpora
 from megatron_mlr1.data.repair import RepairPlan, repair
-from megatron_mlr1.errors import Mlr1Error
+from megatron_mlr1.ending import clean_exit
 
 
 def main() -> None:
@@ -33,8 +31,7 @@ def main() -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a corpus that is there")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, _stop)
-    try:
+    with clean_exit():
         plan = RepairPlan(
             input_prefix=args.input,
             output_prefix=args.output_prefix,
@@ -46,19 +43,10 @@ def main() -> None:
         quiet = not sys.stderr.isatty()
         with tqdm(total=total, unit="B", unit_scale=True, disable=quiet) as bar:
             written, num_lost = repair(plan, bar.update)
-    except Mlr1Error as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
     print(
         f"{written.prefix}: {written.num_documents:,} documents, {written.num_tokens:,} tokens "
         f"({written.dtype.name}); {num_lost:,} documents left out"
     )
-
-
-def _stop(number: int, frame: object) -> NoReturn:
-    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

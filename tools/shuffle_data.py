@@ -2,16 +2,14 @@
 """Write a corpus (.bin/.idx) with its documents in a new order, in constant memory."""
 
 import argparse
-import signal
 import sys
-from typing import NoReturn
 
 from tqdm import tqdm
 
 from megatron_mlr1.data.index import bin_path
 from megatron_mlr1.data.merge import find_corpora
 from megatron_mlr1.data.shuffle import ShufflePlan, shuffle
-from megatron_mlr1.errors import Mlr1Error
+from megatron_mlr1.ending import clean_exit
 
 
 def main() -> None:
@@ -30,8 +28,7 @@ def main() -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a corpus that is there")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, _stop)
-    try:
+    with clean_exit():
         plan = ShufflePlan(
             input_prefix=args.input,
             output_prefix=args.output_prefix,
@@ -42,19 +39,10 @@ def main() -> None:
         quiet = not sys.stderr.isatty()
         with tqdm(total=2 * total, unit="B", unit_scale=True, disable=quiet) as bar:
             written = shuffle(plan, bar.update)
-    except Mlr1Error as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
     print(
         f"{written.prefix}: {written.num_documents:,} documents, {written.num_tokens:,} tokens "
         f"({written.dtype.name}), shuffled with seed {args.seed}"
     )
-
-
-def _stop(number: int, frame: object) -> NoReturn:
-    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -2,16 +2,14 @@
 """Split a corpus (.bin/.idx) into shards of whole documents; merge_data.py joins them again."""
 
 import argparse
-import signal
 import sys
-from typing import NoReturn
 
 from tqdm import tqdm
 
 from megatron_mlr1.data.index import bin_path
 from megatron_mlr1.data.merge import find_corpora
 from megatron_mlr1.data.shards import SplitPlan, split
-from megatron_mlr1.errors import Mlr1Error
+from megatron_mlr1.ending import clean_exit
 
 
 def main() -> None:
@@ -31,8 +29,7 @@ def main() -> None:
     size.add_argument("--max-tokens", type=int, help="as many shards as hold no more tokens each")
     parser.add_argument("--overwrite", action="store_true", help="replace shards that are there")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, _stop)
-    try:
+    with clean_exit():
         plan = SplitPlan(
             input_prefix=args.input,
             output_prefix=args.output_prefix,
@@ -44,17 +41,8 @@ def main() -> None:
         quiet = not sys.stderr.isatty()
         with tqdm(total=total, unit="B", unit_scale=True, disable=quiet) as bar:
             shards = split(plan, bar.update)
-    except Mlr1Error as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
     for shard in shards:
         print(f"{shard.prefix}: {shard.num_documents:,} documents, {shard.num_tokens:,} tokens")
-
-
-def _stop(number: int, frame: object) -> NoReturn:
-    sys.exit(128 + number)
 
 
 if __name__ == "__main__":
