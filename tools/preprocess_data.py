@@ -5,7 +5,10 @@ A run that was stopped or killed goes on when the same command is given again, a
 same bytes. Nothing has its final name before all of it is whole.
 """
 
+from __future__ import annotations
+
 import argparse
+import gc
 import os
 import re
 import signal
@@ -13,17 +16,15 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from tqdm import tqdm
-
-from megatron_mlr1.data.encode import EncodePlan
-from megatron_mlr1.data.jobs import CorpusSummary, Job, PreprocessPlan, finished, prepare
-from megatron_mlr1.data.journal import Stop, StoppedError
-from megatron_mlr1.data.manifest import ManifestRun, read_manifest
-from megatron_mlr1.data.preprocess import Progress, preprocess
-from megatron_mlr1.data.tokenizers import LOADERS, TIKTOKEN_PATTERNS, TokenizerPlan
 from megatron_mlr1.errors import Mlr1Error
+
+# The rest is imported where it is needed: each process that tokenizes begins with importing this.
+if TYPE_CHECKING:
+    from megatron_mlr1.data.jobs import CorpusSummary, Job, PreprocessPlan
+    from megatron_mlr1.data.journal import Stop
+    from megatron_mlr1.data.preprocess import Progress
 
 NOT_HERE = {
     "--split-sentences": "documents are not split; give a list of sentences as the text instead",
@@ -137,6 +138,8 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    from megatron_mlr1.data.tokenizers import LOADERS, TIKTOKEN_PATTERNS
+
     group = parser.add_argument_group("tokenizer")
     group.add_argument("--tokenizer-type", choices=list(LOADERS))
     group.add_argument("--tokenizer-model", help="folder, hub name, or model file")
@@ -195,8 +198,14 @@ def _shard(word: str) -> tuple[int, int]:
 
 def plans_of(args: argparse.Namespace) -> Mapping[str, PreprocessPlan]:
     """Make the plan of each corpus that the command line names, by its name."""
+    from megatron_mlr1.data.encode import EncodePlan
+    from megatron_mlr1.data.jobs import PreprocessPlan
+    from megatron_mlr1.data.tokenizers import TokenizerPlan
+
     journal_bytes = int(args.journal_mb * 2**20)
     if args.manifest is not None:
+        from megatron_mlr1.data.manifest import ManifestRun, read_manifest
+
         run = ManifestRun(
             path=args.manifest,
             output_root=args.output_root or Path(),
@@ -241,6 +250,8 @@ class Report:
     """Says how far all jobs are: a bar on a terminal, elsewhere a line now and then."""
 
     def __init__(self, log_interval: int, total_bytes: int) -> None:
+        from tqdm import tqdm
+
         self._log_interval, self._total = log_interval, total_bytes
         self._before = 0
         """Bytes of the jobs that are done."""
@@ -290,19 +301,27 @@ class Report:
         else:
             left = progress.total_bytes - progress.done_bytes
             what = f"Shuffling {progress.tokens:,} tokens"
-        eta = tqdm.format_interval(left / speed) if speed > 0 and left >= 0 else "?"
+        eta = self._bar.format_interval(left / speed) if speed > 0 and left >= 0 else "?"
         return f"{what}, {speed / 1e6:,.1f} MB/s, ETA {eta}"
 
 
 def main() -> None:
     """Make the corpora and print what they hold."""
     args = read_words()
+    gc.disable()  # nothing of what is loaded before the work begins goes away again
+    from tqdm import tqdm
+
+    from megatron_mlr1.data.jobs import prepare
+    from megatron_mlr1.data.journal import Stop, StoppedError
+
     stop = Stop()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop.ask)
     try:
         plans = plans_of(args)
         jobs = {name: prepare(plan) for name, plan in plans.items()}
+        gc.freeze()
+        gc.enable()
         report = Report(args.log_interval, sum(job.total_bytes for job in jobs.values()))
         for line in run_all(jobs, report, stop, skip_finished=args.manifest is not None):
             tqdm.write(line)
@@ -320,6 +339,11 @@ def run_all(
     jobs: Mapping[str, Job], report: Report, stop: Stop, *, skip_finished: bool
 ) -> Iterator[str]:
     """Run one job after another, and tell of each what came out."""
+    from tqdm import tqdm
+
+    from megatron_mlr1.data.jobs import finished
+    from megatron_mlr1.data.preprocess import preprocess
+
     documents = tokens = 0
     start_s = time.monotonic()
     for name, job in jobs.items():

@@ -1,15 +1,17 @@
 """Which tokenizer makes the ids: the fast one where it agrees with the true one on the input.
 
 The fast one begins at once; what it makes is held back until a process that runs `tokenizers` has
-encoded the first documents and some hard texts too, and every id is the same.
+encoded the first documents and some hard texts too, and every id is the same. Of few texts the
+true one makes the ids here, before the fast one would be loaded.
 """
 
 import logging
 from collections.abc import Generator, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import chain
 
-from megatron_mlr1.data.documents import Frame, Ids
+from megatron_mlr1.data.documents import Frame, Ids, ids_of_lists
 from megatron_mlr1.data.fast_tokenizer import (
     SAMPLE_CHARACTERS,
     FastTokenizer,
@@ -18,11 +20,10 @@ from megatron_mlr1.data.fast_tokenizer import (
 )
 from megatron_mlr1.data.pipeline import WorkerPool
 from megatron_mlr1.data.texts import TextBatch
-from megatron_mlr1.data.tokenizer_files import Definition
-from megatron_mlr1.data.tokenizer_identity import TokenizerIdentity
+from megatron_mlr1.data.tokenizer_identity import TokenizerIdentity, loader
 from megatron_mlr1.data.tokenizers import TokenizerPlan
 
-HELD_BATCHES = 8
+HELD_BATCHES = 12
 """Batches that may wait for the verdict; by then a quiet machine has it."""
 
 
@@ -38,19 +39,34 @@ class Answer:
     """The library that made them, with its version."""
 
 
-def encode_in_processes(
-    batches: Iterator[TextBatch], plan: TokenizerPlan, workers: int, engine: str
+def encode_here(
+    batches: Iterator[TextBatch], plan: TokenizerPlan, identity: TokenizerIdentity
 ) -> Generator[Answer]:
-    """Encode batches in order by the tokenizer of a plan.
+    """Encode batches in this process, by the tokenizer of a plan.
+
+    Raises:
+        DataError: the tokenizer cannot be loaded.
+    """
+    tokenizer = loader(plan, identity)()
+    for batch in batches:
+        texts = batch.all_texts()
+        ids = ids_of_lists(tokenizer.encode(texts), len(texts))
+        yield Answer(batch, ids, Frame(), identity.engine)
+
+
+def encode_in_processes(
+    batches: Iterator[TextBatch], plan: TokenizerPlan, identity: TokenizerIdentity, workers: int
+) -> Generator[Answer]:
+    """Encode batches in order by the tokenizer of a plan, in other processes.
 
     Raises:
         DataError: the tokenizer cannot be loaded.
         MachineError: a worker died.
     """
-    with WorkerPool(plan, workers) as pool:
+    with WorkerPool(loader(plan, identity), workers) as pool:
         texts = ((batch, batch.all_texts()) for batch in batches)
         for batch, ids in pool.encode_in_order(texts):
-            yield Answer(batch, ids, Frame(), engine)
+            yield Answer(batch, ids, Frame(), identity.engine)
 
 
 def encode_fast(
@@ -68,29 +84,52 @@ def encode_fast(
         DataError: the tokenizer cannot be loaded.
         MachineError: a worker died.
     """
-    assert identity.definition is not None, "the fast tokenizer is made of it"
-    trial = _Trial(plan, identity.definition, check_documents)
-    held, why = trial.run(batches, workers)
+    trial = _Trial(plan, identity, check_documents)
+    why = trial.run(batches, workers)
     if why is None:
-        yield from held
+        yield from trial.answers
+        trial.forget()
         for batch in batches:
             yield trial.answer(batch)
         return
     logging.getLogger(__name__).warning(
         "gigatoken is not used: %s. %s makes the ids, which is slower.", why, identity.engine
     )
-    again = chain([answer.batch for answer in held], batches)
-    held.clear()
-    yield from encode_in_processes(again, plan, workers, identity.engine)
+    again = chain(trial.batches, batches)
+    trial.forget()
+    yield from encode_in_processes(again, plan, identity, workers)
+
+
+@dataclass(frozen=True, slots=True)
+class _Check:
+    """Texts that the true tokenizer encodes too."""
+
+    texts: list[str]
+    places: list[str]
+    """What to call each."""
+    verdict: Future[Ids]
+    """Its ids."""
 
 
 class _Trial:
-    """The comparison; afterwards `fast` is the tokenizer that was compared."""
+    """The comparison; afterwards `answer` is of the tokenizer that was compared."""
 
-    def __init__(self, plan: TokenizerPlan, definition: Definition, check_documents: int) -> None:
-        self._plan, self._definition, self._check_documents = plan, definition, check_documents
-        self._frame = definition.frame if plan.include_special_tokens else Frame()
+    def __init__(
+        self, plan: TokenizerPlan, identity: TokenizerIdentity, check_documents: int
+    ) -> None:
+        assert identity.definition is not None, "the fast tokenizer is made of it"
+        self.batches: list[TextBatch] = []
+        """The first batches, which were read for it."""
+        self.answers: list[Answer] = []
+        """Of these batches."""
+        self._load, self._check_documents = loader(plan, identity), check_documents
+        self._definition = identity.definition
+        self._frame = self._definition.frame if plan.include_special_tokens else Frame()
         self._fast: FastTokenizer | None = None
+
+    def forget(self) -> None:
+        """Let go of the first batches."""
+        self.batches, self.answers = [], []
 
     def answer(self, batch: TextBatch) -> Answer:
         """Encode a batch by the fast tokenizer, once it is loaded."""
@@ -98,37 +137,49 @@ class _Trial:
         assert self._frame is not None, "it is not loaded for other templates"
         return Answer(batch, self._fast.encode(batch.all_texts()), self._frame, self._fast.name)
 
-    def run(self, batches: Iterator[TextBatch], workers: int) -> tuple[list[Answer], str | None]:
-        """Encode the first batches; give them, and why the fast tokenizer must not be used."""
+    def run(self, batches: Iterator[TextBatch], workers: int) -> str | None:
+        """Encode the first batches; tell why the fast tokenizer must not be used, if so."""
         if self._frame is None:
-            return [], "the template of this tokenizer does more than to add tokens at the ends"
-        with WorkerPool(self._plan, 1) as pool:
-            # Its process loads the true tokenizer while this one loads the fast one.
-            hard = hard_texts(self._definition.special_texts)
-            verdicts = [pool.submit(hard)]
+            return "the template of this tokenizer does more than to add tokens at the ends"
+        with WorkerPool(self._load, 1) as pool:
+            # Its process loads the true tokenizer, and encodes, while this one loads the fast one.
+            checks = list(self._ask(batches, pool))
             try:
                 self._fast = FastTokenizer(self._definition.content, workers)
             except ImportError:
-                return [], "it is not installed (pip install 'megatron_mlr1[data]')"
+                return "it is not installed (pip install 'megatron_mlr1[data]')"
             except ValueError as error:
-                return [], f"it cannot read this tokenizer ({error})"
-            samples, places, held = [hard], [[f"the text {text[:20]!r}" for text in hard]], []
-            wanted = self._check_documents
-            for batch in batches:
-                held.append(self.answer(batch))
-                if wanted > 0:
-                    sample, where = _sample(batch, wanted)
-                    wanted -= len(sample)
-                    verdicts.append(pool.submit(sample))
-                    samples.append(sample)
-                    places.append(where)
-                if len(held) == HELD_BATCHES or (wanted <= 0 and verdicts[-1].done()):
-                    break
-            for sample, where, verdict in zip(samples, places, verdicts, strict=True):
-                wrong = first_difference(self._fast.encode(sample), verdict.result(), self._frame)
+                return f"it cannot read this tokenizer ({error})"
+            self._encode_until(checks, batches)
+            for check in checks:
+                ids, true = self._fast.encode(check.texts), check.verdict.result()
+                wrong = first_difference(ids, true, self._frame)
                 if wrong is not None:
-                    return held, f"it gives other ids than tokenizers for {where[wrong]}"
-        return held, None
+                    return f"it gives other ids than tokenizers for {check.places[wrong]}"
+        return None
+
+    def _ask(self, batches: Iterator[TextBatch], pool: WorkerPool) -> Iterator[_Check]:
+        """Have the true tokenizer encode hard texts and the beginning of the input."""
+        hard = hard_texts(self._definition.special_texts)
+        yield _Check(hard, [f"the text {text[:20]!r}" for text in hard], pool.submit(hard))
+        wanted = self._check_documents
+        while wanted > 0 and self._read(batches):
+            sample, places = _sample(self.batches[-1], wanted)
+            wanted -= len(sample)
+            yield _Check(sample, places, pool.submit(sample))
+
+    def _read(self, batches: Iterator[TextBatch]) -> bool:
+        """Read a batch, unless there are no more or as many as may be held."""
+        batch = next(batches, None) if len(self.batches) < HELD_BATCHES else None
+        if batch is not None:
+            self.batches.append(batch)
+        return batch is not None
+
+    def _encode_until(self, checks: list[_Check], batches: Iterator[TextBatch]) -> None:
+        """Encode what was read, and more for as long as a verdict is awaited."""
+        self.answers = [self.answer(batch) for batch in self.batches]
+        while not all(check.verdict.done() for check in checks) and self._read(batches):
+            self.answers.append(self.answer(self.batches[-1]))
 
 
 def _sample(batch: TextBatch, num_documents: int) -> tuple[list[str], list[str]]:

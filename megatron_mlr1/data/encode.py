@@ -1,19 +1,20 @@
 """Units of input to blocks of tokens, in the order of the input, in constant memory.
 
-Three things go on at the same time: a thread reads and parses, another one (or processes) makes
-ids, and whoever asks for the batches writes them.
+Four things go on at the same time: a thread reads and parses, another one (or processes) makes
+ids, a third lays documents out, and whoever asks for the batches writes them.
 """
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_mlr1.data.agreement import Answer, encode_fast, encode_in_processes
+from megatron_mlr1.data.agreement import Answer, encode_fast, encode_here, encode_in_processes
 from megatron_mlr1.data.documents import Frame, Ids, lay_out
 from megatron_mlr1.data.index import DocumentBlock, token_dtype
 from megatron_mlr1.data.inputs import Unit, missing_package
@@ -77,6 +78,9 @@ class EncodePlan:
     """Hand over bad records as `Rejected`; otherwise the first one raises."""
     check_documents: int = 256
     """Documents on which the fast tokenizer must agree with `tokenizers` before it is used."""
+    few_characters: int = 2**18
+    """Where fewer are left to encode, one process does it with the true tokenizer: loading the fast
+    one, or starting others, takes longer."""
 
 
 def encode_units(
@@ -158,7 +162,7 @@ def _encode(
     start: Position,
 ) -> Generator[EncodedBatch]:
     with closing(run_ahead(_read(plan, units, start))) as texts:
-        answers = _answers(plan, identity, texts)
+        answers = run_ahead(_answers(plan, identity, texts))
         with closing(run_ahead(_lay_out(answers, documents))) as batches:
             yield from batches
 
@@ -193,12 +197,31 @@ def _answers(
         for batch in batches:
             ids = tokenizer.encode_flat(batch.all_texts())
             yield Answer(batch, ids, Frame(), identity.engine)
+        return
+    first, is_all = _read_few(batches, plan.few_characters)
+    batches = chain(first, batches)
+    if is_all:
+        yield from encode_here(batches, plan.tokenizer, identity)
     elif identity.definition is not None:
         yield from encode_fast(
             batches, plan.tokenizer, identity, plan.workers, plan.check_documents
         )
     else:
-        yield from encode_in_processes(batches, plan.tokenizer, plan.workers, identity.engine)
+        yield from encode_in_processes(batches, plan.tokenizer, identity, plan.workers)
+
+
+def _read_few(
+    batches: Iterator[TextBatch], few_characters: int
+) -> tuple[Sequence[TextBatch], bool]:
+    """Read up to so many characters, and tell whether that was all."""
+    first: list[TextBatch] = []
+    while few_characters > 0:
+        batch = next(batches, None)
+        if batch is None:
+            return first, True
+        first.append(batch)
+        few_characters -= sum(map(len, batch.all_texts()))
+    return first, False
 
 
 def _lay_out(answers: Generator[Answer], documents: "_Documents") -> Generator[EncodedBatch]:

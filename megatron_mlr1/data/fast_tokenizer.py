@@ -14,10 +14,12 @@ import psutil
 
 from megatron_mlr1.data.documents import Frame, Ids
 
+MEMORY_BYTES = 560 * 2**20
+"""How large the process may become before the tokenizer is loaded anew: it remembers every word it
+met, and forgets none (15 bytes a character of random words, measured with 0.10.0)."""
 CACHE_BYTES = 128 * 2**20
-"""How far memory may grow before the tokenizer is loaded anew: it remembers every word it met, and
-forgets none (15 bytes a character of random words, measured with 0.10.0)."""
-SAMPLE_CHARACTERS = 2**16
+"""How far memory may grow in any case, since loading anew takes a second."""
+SAMPLE_CHARACTERS = 2**12
 """A longer document is compared by its beginning."""
 NUM_SPECIAL = 64
 """How many of the special tokens are tried; a vocabulary may have thousands of one kind."""
@@ -84,7 +86,7 @@ class FastTokenizer:
         memory = self._process.memory_info().rss
         if self._memory_at_first is None:
             self._memory_at_first = memory
-        if memory - self._memory_at_first > CACHE_BYTES:
+        if memory > max(MEMORY_BYTES, self._memory_at_first + CACHE_BYTES):
             del self._tokenizer
             _give_memory_back()
             self._load()

@@ -9,14 +9,14 @@ import queue
 import signal
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
 from typing import Any, Self
 
 from megatron_mlr1.data.documents import Ids, ids_of_lists, join
-from megatron_mlr1.data.tokenizers import Tokenizer, TokenizerPlan, load_tokenizer
+from megatron_mlr1.data.tokenizers import Tokenizer
 from megatron_mlr1.errors import MachineError, Mlr1Error
 
 TASK_CHARACTERS = 2**20
@@ -65,14 +65,14 @@ def run_ahead[T](items: Generator[T], depth: int = 1) -> Generator[T]:
 class WorkerPool:
     """Processes that each load the tokenizer and encode; usable in a `with` statement."""
 
-    def __init__(self, plan: TokenizerPlan, workers: int) -> None:
-        """Start nothing yet; a process starts with the first texts."""
+    def __init__(self, load: Callable[[], Tokenizer], workers: int) -> None:
+        """Start nothing yet; a process starts with the first texts, and calls `load` first."""
         self._workers = workers
         self._pool = ProcessPoolExecutor(
             workers,
             mp_context=multiprocessing.get_context("spawn"),
             initializer=_start_worker,
-            initargs=(plan,),
+            initargs=(load,),
         )
 
     def __enter__(self) -> Self:
@@ -131,12 +131,12 @@ _worker_tokenizer: list[Tokenizer | Mlr1Error] = []
 """In a worker process: its tokenizer. A pool hands a worker its state in no other way."""
 
 
-def _start_worker(plan: TokenizerPlan) -> None:
+def _start_worker(load: Callable[[], Tokenizer]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the pool
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process, one core
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     try:
-        _worker_tokenizer.append(load_tokenizer(plan))
+        _worker_tokenizer.append(load())
     except Mlr1Error as error:
         _worker_tokenizer.append(error)  # an error of an initializer has no way back, a task's has
 

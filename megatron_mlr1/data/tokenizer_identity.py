@@ -1,11 +1,14 @@
 """What is known of a tokenizer before it makes ids: its vocabulary, its end, its digest."""
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import orjson
+import tokenizers
 
 from megatron_mlr1.data.tokenizer_files import Definition, read_definition, read_facts
 from megatron_mlr1.data.tokenizers import (
@@ -16,6 +19,7 @@ from megatron_mlr1.data.tokenizers import (
     TransformersTokenizer,
     load_tokenizer,
 )
+from megatron_mlr1.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,8 @@ class TokenizerIdentity:
     """Which makes the ids where nothing faster does; empty for bytes."""
     definition: Definition | None
     """Where a `tokenizer.json` alone decides the ids."""
+    file: Path | None = None
+    """That `tokenizer.json`, where it is a file."""
 
     @property
     def engine(self) -> str:
@@ -56,7 +62,10 @@ def identify(plan: TokenizerPlan) -> TokenizerIdentity:
             facts = None  # loading it says what is wrong
         if facts is not None:
             return TokenizerIdentity(
-                facts.vocab_size, facts.eod, facts.bos, facts.sha256, "tokenizers", facts.definition
+                *(facts.vocab_size, facts.eod, facts.bos, facts.sha256),
+                library="tokenizers",
+                definition=facts.definition,
+                file=Path(plan.tokenizer_model) / "tokenizer.json",
             )
     tokenizer = load_tokenizer(plan)
     definition = None
@@ -69,6 +78,33 @@ def identify(plan: TokenizerPlan) -> TokenizerIdentity:
         _sha256(plan, tokenizer),
         tokenizer.library,
         definition,
+    )
+
+
+def loader(plan: TokenizerPlan, identity: TokenizerIdentity) -> Callable[[], Tokenizer]:
+    """Give what loads the tokenizer that was identified, here or in another process.
+
+    A file that alone decides the ids is not looked through again. What is given can be pickled,
+    and raises what `load_tokenizer` does, or DataError where the file is another one by now.
+    """
+    if identity.file is None:
+        return partial(load_tokenizer, plan)
+    return partial(_load_file, plan, replace(identity, definition=None))
+
+
+def _load_file(plan: TokenizerPlan, identity: TokenizerIdentity) -> Tokenizer:
+    assert identity.file is not None, "it is for files alone"
+    try:
+        content = identity.file.read_bytes()
+        backend = tokenizers.Tokenizer.from_buffer(content)
+    except Exception:  # the Rust library raises nothing narrower
+        return load_tokenizer(plan)  # which says what is wrong
+    if hashlib.sha256(content).hexdigest() != identity.sha256:
+        raise DataError(f"{identity.file} was replaced while it was in use. Run again.")
+    backend.no_truncation()
+    backend.no_padding()
+    return RustTokenizer(
+        backend, identity.vocab_size, identity.eod, identity.bos, plan.include_special_tokens
     )
 
 

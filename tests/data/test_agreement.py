@@ -47,8 +47,9 @@ def plan_of(folder: Path, **choices: Any) -> TokenizerPlan:
     )
 
 
-@pytest.mark.parametrize("include_special_tokens", [True, False])
-@pytest.mark.parametrize("check_documents", [0, 20, 10_000])
+@pytest.mark.parametrize(
+    ("include_special_tokens", "check_documents"), [(True, 0), (False, 20), (True, 10_000)]
+)
 def test_the_fast_tokenizer_is_used_where_it_agrees_and_the_template_is_kept(
     include_special_tokens: bool,
     check_documents: int,

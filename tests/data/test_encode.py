@@ -75,18 +75,20 @@ def plans(
     }
 
 
-@pytest.mark.parametrize("append_eod", [True, False])
 @pytest.mark.parametrize(
-    ("name", "engine"),
+    ("name", "few_characters", "engine"),
     [
-        ("bytes", "bytes"), ("sentencepiece", "sentencepiece"), ("tiktoken", "tiktoken"),
-        ("bpe", "gigatoken"), ("bpe with begin", "gigatoken"),
+        ("bytes", 0, "bytes"), ("bytes", 2**18, "bytes"),
+        ("sentencepiece", 0, "sentencepiece"), ("sentencepiece", 2**18, "sentencepiece"),
+        ("tiktoken", 0, "tiktoken"), ("tiktoken", 2**18, "tiktoken"),
+        ("bpe", 0, "gigatoken"), ("bpe", 2**18, "tokenizers"),
+        ("bpe with begin", 0, "gigatoken"), ("bpe with begin", 2**18, "tokenizers"),
     ],
 )  # fmt: skip
 def test_documents_are_those_of_the_definition(
     name: str,
+    few_characters: int,
     engine: str,
-    append_eod: bool,
     texts: list[str],
     plans: dict[str, TokenizerPlan],
     tmp_path: Path,
@@ -94,7 +96,10 @@ def test_documents_are_those_of_the_definition(
     shards: list[list[Text]] = [[*texts], ["a", ["b c", "", "d"], [], ["", ""]], [*texts[::-1]]]
     inputs = [str(write_lines(tmp_path / f"{n}.jsonl", each)) for n, each in enumerate(shards)]
     tokenizer = plans[name]
-    plan = EncodePlan(tokenizer=tokenizer, append_eod=append_eod, workers=2)
+    append_eod = few_characters == 0
+    plan = EncodePlan(
+        tokenizer=tokenizer, append_eod=append_eod, workers=2, few_characters=few_characters
+    )
 
     batches = list(encode_units(plan, find_units(inputs)))
 
@@ -104,6 +109,24 @@ def test_documents_are_those_of_the_definition(
     assert {batch.blocks["text"].tokens.dtype.name for batch in batches} == {described["dtype"]}
     assert {batch.engine.split()[0] for batch in batches} == {engine}
     assert sum(batch.num_records for batch in batches) == len(every)
+
+
+def test_few_texts_are_encoded_without_loading_the_fast_tokenizer(
+    plans: dict[str, TokenizerPlan], tmp_path: Path
+) -> None:
+    inputs = [str(write_lines(tmp_path / f"{n}.jsonl", ["four", "five5"])) for n in range(3)]
+    units = find_units(inputs)
+    for few_characters, start, num_batches, engine in (
+        (28, None, 3, "tokenizers"),
+        (27, None, 3, "gigatoken"),
+        (27, Position(1, 0), 2, "tokenizers"),  # what is left counts
+        (27, Position(2, units[2].stored_bytes), 0, None),
+    ):
+        plan = EncodePlan(tokenizer=plans["bpe"], few_characters=few_characters)
+        batches = list(encode_units(plan, units, start))
+        expected = by_definition(plans["bpe"], ["four", "five5"] * num_batches, False)
+        assert documents(batches) == expected
+        assert {batch.engine.split()[0] for batch in batches} == ({engine} - {None})
 
 
 @pytest.mark.parametrize("workers", [1, 3])

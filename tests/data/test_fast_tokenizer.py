@@ -45,6 +45,7 @@ def test_memory_does_not_grow_with_new_words(
     definition: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit = 16 * 2**20
+    monkeypatch.setattr(fast_tokenizer, "MEMORY_BYTES", 0)
     monkeypatch.setattr(fast_tokenizer, "CACHE_BYTES", limit)
     draw = random.Random(3)
     tokenizer = FastTokenizer(definition, 1)

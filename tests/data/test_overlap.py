@@ -1,6 +1,7 @@
 """What is found is exactly what a search with Python's own sets finds."""
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -118,9 +119,14 @@ def draw(rng: np.random.Generator, num_documents: int, longest: int, ids: int) -
     return [rng.integers(0, ids, length).tolist() for length in lengths]
 
 
-@pytest.mark.parametrize("block_tokens", [1, 7, 1 << 18])
-@pytest.mark.parametrize("eod", [None, 0])
-@pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 13])
+SIZES = [
+    *product([1, 2, 3, 5, 8, 13], [None, 0], [7, 1 << 18]),
+    # Blocks of one token take longest.
+    *[(1, None, 1), (2, 0, 1), (5, None, 1), (13, 0, 1)],
+]
+
+
+@pytest.mark.parametrize(("n", "eod", "block_tokens"), SIZES)
 def test_it_finds_what_sets_find(
     n: int, eod: int | None, block_tokens: int, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

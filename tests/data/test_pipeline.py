@@ -2,12 +2,13 @@ import multiprocessing
 import threading
 import time
 from collections.abc import Generator, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from megatron_mlr1.data.pipeline import WorkerPool, run_ahead
-from megatron_mlr1.data.tokenizers import TokenizerPlan
+from megatron_mlr1.data.tokenizers import TokenizerPlan, load_tokenizer
 from megatron_mlr1.errors import DataError, MachineError
 
 BYTES = TokenizerPlan(tokenizer_type="ByteLevelTokenizer")
@@ -65,7 +66,7 @@ def test_processes_encode_in_order_whatever_the_sizes() -> None:
     def requests() -> Iterator[tuple[int, list[str]]]:
         yield from enumerate(batches)
 
-    with WorkerPool(BYTES, 2) as pool:
+    with WorkerPool(partial(load_tokenizer, BYTES), 2) as pool:
         answers = list(pool.encode_in_order(requests()))
     assert [number for number, _ in answers] == list(range(len(batches)))
     for (_, ids), texts in zip(answers, batches, strict=True):
@@ -78,13 +79,16 @@ def test_a_tokenizer_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     model = tmp_path / "no.model"
     model.write_text("none")
     plan = TokenizerPlan(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(model))
-    with WorkerPool(plan, 1) as pool, pytest.raises(DataError, match="is no SentencePiece model"):
+    with (
+        WorkerPool(partial(load_tokenizer, plan), 1) as pool,
+        pytest.raises(DataError, match="is no SentencePiece model"),
+    ):
         pool.submit(["a"]).result()
 
 
 def test_a_dead_worker_ends_the_work() -> None:
     def encode() -> None:
-        with WorkerPool(BYTES, 1) as pool:
+        with WorkerPool(partial(load_tokenizer, BYTES), 1) as pool:
             pool.submit(["a"]).result()
             for child in multiprocessing.active_children():
                 child.kill()

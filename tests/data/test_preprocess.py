@@ -34,7 +34,10 @@ def files(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-ENCODE = {"tokenizer", "json_keys", "append_eod", "vocab_size", "workers", "skip_bad"}
+ENCODE = {
+    *("tokenizer", "json_keys", "append_eod", "vocab_size", "workers", "skip_bad"),
+    "few_characters",
+}
 
 
 def plan_of(folder: Path, *inputs: Path, **choices: Any) -> PreprocessPlan:
@@ -78,20 +81,22 @@ def tokenizer_plan(
     return TokenizerPlan(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(folder))
 
 
-@pytest.mark.parametrize("append_eod", [True, False])
+@pytest.mark.parametrize("few", [True, False])
 @pytest.mark.parametrize(
     "tokenizer_plan", ["bytes", "sentencepiece", "bpe", "bpe with begin"], indirect=True
 )
 def test_files_are_those_of_the_engine(
     tokenizer_plan: TokenizerPlan,
-    append_eod: bool,
+    few: bool,
     texts: list[str],
     engine_tokenizer: Callable[[TokenizerPlan], Any],
     tmp_path: Path,
 ) -> None:
     shards: list[Sequence[Text]] = [texts, ["a", ["b c", "", "d"], [], ["", ""]], texts[::-1]]
     inputs = [write_lines(tmp_path / f"{n}.jsonl", shard) for n, shard in enumerate(shards)]
-    plan = plan_of(tmp_path, *inputs, tokenizer=tokenizer_plan, workers=2, append_eod=append_eod)
+    append_eod = few
+    choices = {"few_characters": 2**18 if few else 0, "append_eod": append_eod}
+    plan = plan_of(tmp_path, *inputs, tokenizer=tokenizer_plan, workers=2, **choices)
 
     preprocess(prepare(plan))
 

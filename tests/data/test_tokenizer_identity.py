@@ -1,5 +1,6 @@
 import hashlib
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from megatron_mlr1.data.tokenizer_identity import identify
+from megatron_mlr1.data.tokenizer_identity import identify, loader
 from megatron_mlr1.data.tokenizers import TokenizerPlan, load_tokenizer
 from megatron_mlr1.errors import DataError
 
@@ -45,6 +46,9 @@ def test_the_identity_of_a_hugging_face_folder_is_that_of_the_loaded_tokenizer(
     assert known.library == loaded.library == library
     assert known.engine.startswith(f"{library} ")
     assert (known.definition is not None) == has_definition
+    again = pickle.loads(pickle.dumps(loader(plan, known)))()
+    assert again.library == library
+    assert again.encode(["a <new> text"]) == loaded.encode(["a <new> text"])
     if known.definition is not None:
         backend = Tokenizer.from_buffer(known.definition.content)
         assert [backend.encode("a <new> text").ids] == loaded.encode(["a <new> text"])
@@ -78,3 +82,27 @@ def test_a_damaged_folder_is_refused_by_name(
     (folder / "tokenizer_config.json").write_text("{")
     with pytest.raises(DataError, match=f"--tokenizer-model {folder} cannot be loaded"):
         identify(TokenizerPlan(tokenizer_type=HF, tokenizer_model=str(folder)))
+
+
+def test_a_file_is_loaded_whole_whatever_it_says_of_batches_and_not_once_it_is_another_one(
+    train_bpe: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = train_bpe(tmp_path / "bpe", begins=True)
+    file = folder / "tokenizer.json"
+    backend = Tokenizer.from_file(str(file))
+    backend.enable_truncation(3)
+    backend.enable_padding(length=9)
+    backend.save(str(file))
+    plan = TokenizerPlan(tokenizer_type=HF, tokenizer_model=str(folder))
+    known = identify(plan)
+    assert known.file == file
+    text = "more than three tokens, no multiple of nine"
+    [ids] = loader(plan, known)().encode([text])
+    assert [ids] == load_tokenizer(plan).encode([text])
+    assert len(ids) > 3
+    file.write_bytes(file.read_bytes() + b"\n")
+    with pytest.raises(DataError, match=r"tokenizer\.json was replaced while it was in use"):
+        loader(plan, known)()
+    file.write_text("{")
+    with pytest.raises(DataError, match=f"--tokenizer-model {folder} cannot be loaded"):
+        loader(plan, known)()

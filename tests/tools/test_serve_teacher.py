@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.teachers import TableTeacher, make_keys, serving
+from tests.support.teachers import TableTeacher, make_keys, make_teacher_folder, serving
 
 TOOL = Path(__file__).parents[2] / "tools" / "serve_teacher.py"
 
@@ -38,6 +38,16 @@ def test_it_shows_the_pools_replicas(tmp_path):
     assert "1 of 1 replicas answer" in shown.stdout
 
 
+def test_a_teacher_that_fp8_changes_too_much_ends_with_its_figures(tmp_path):
+    folder = make_teacher_folder(tmp_path / "teacher")
+    words = ("--bind", "tcp://127.0.0.1:*", "--insecure-loopback", "--pool", tmp_path / "pool")
+    refused = run("--model", folder, *words, "--precision", "fp8", "--fp8-max-kl", 1e-12)
+    assert refused.returncode == 2
+    assert "nats a token and keeps the likeliest id of" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not list(tmp_path.glob("pool/*")), "it never came to the pool"
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -47,6 +57,11 @@ def test_it_shows_the_pools_replicas(tmp_path):
         (("--model", "x", "--bind", "tcp://127.0.0.1:5555"), "without keys"),
         (("--model", "x", "--bind", "tcp://lo:1", "--devices", "gpu"), "--devices"),
         (("--model", "x", "--bind", "tcp://lo:1", "--keys", "missing"), "cannot be read"),
+        (("--model", "x", "--bind", "tcp://lo:1", "--fp8-max-kl", "1"), "--precision fp8 is not"),
+        (
+            ("--model", "x", "--bind", "tcp://lo:1", "--precision", "fp8", "--fp8-max-kl", "0"),
+            "above",
+        ),
         (("--status",), "give --pool"),
         (("--status", "--pool", "missing"), "no folder"),
         (("--status", "--pool", "tcp://h:1", "--keys", "k"), "belong together"),
