@@ -62,7 +62,7 @@ class DistillationOptions:
     """Draws of the form `hybrid`."""
 
     lookahead: int = 8
-    """Micro-batches that are asked for before they are needed."""
+    """Micro-batches that are asked for before they are needed; at least those of one step."""
 
     buffer_gb: float = 2.0
     """Memory of each process that asks, in 10^9 bytes, for targets on their way."""
@@ -79,6 +79,9 @@ class DistillationOptions:
     """Seconds that all ranks wait together before the run saves and ends."""
 
     bos: str = "as_is"
+
+    audit_every: int = 1000
+    """Every so many requests of a process one goes to two replicas; 0 for none."""
 
     new_teacher: bool = False
     """Go on from a checkpoint although its run learned from another teacher."""
@@ -124,6 +127,7 @@ class DistillationOptions:
                 "at least 0 and below --kd-hold-limit",
             ),
             "ce_only_budget": (self.ce_only_budget >= 0, "at least 0"),
+            "audit_every": (self.audit_every >= 0, "at least 0"),
             "hold_limit_s": (
                 isfinite(self.hold_limit_s) and self.hold_limit_s > 0,
                 "a positive number of seconds",
@@ -163,6 +167,7 @@ class DistillationOptions:
             ce_only_budget=namespace.kd_ce_only_budget,
             hold_limit_s=namespace.kd_hold_limit,
             bos=namespace.kd_bos,
+            audit_every=namespace.kd_audit_every,
             new_teacher=namespace.kd_new_teacher,
         )
 
@@ -184,6 +189,7 @@ _FLAGS = {
     "ce_only_budget": "--kd-ce-only-budget",
     "hold_limit_s": "--kd-hold-limit",
     "bos": "--kd-bos",
+    "audit_every": "--kd-audit-every",
 }
 
 
@@ -264,7 +270,8 @@ def _add_supply_arguments(add: Any, default: DistillationOptions) -> None:
         type=int,
         default=default.lookahead,
         metavar="D",
-        help="micro-batches that are asked for before they are needed (default: 8)",
+        help="micro-batches that are asked for before they are needed; at least those of one step "
+        "(default: 8)",
     )
     add(
         "--kd-buffer-gb",
@@ -306,6 +313,14 @@ def _add_supply_arguments(add: Any, default: DistillationOptions) -> None:
         default=default.bos,
         help="what the teacher sees where a document begins: the tokens as they are (the default); "
         "an error without its BOS; a BOS put in",
+    )
+    add(
+        "--kd-audit-every",
+        type=int,
+        default=default.audit_every,
+        metavar="N",
+        help="one request in N goes to two replicas, and who answers wrongly is asked no more "
+        "(default: 1000; 1 checks all at twice the teacher's work; 0 checks none)",
     )
     add(
         "--kd-new-teacher",

@@ -19,7 +19,7 @@ def test_flags_become_frozen_options() -> None:
         "--kd-temperature 2 --kd-alpha 0.9 --kd-alpha-schedule wsd --kd-alpha-end 0.1 "
         "--kd-alpha-decay 0.2 --kd-form hidden_int8 --kd-lookahead 4 --kd-buffer-gb 1.5 "
         "--kd-without-teacher ce_only --kd-ce-only-after 5 --kd-ce-only-budget 7 "
-        "--kd-hold-limit 60 --kd-bos inject --kd-new-teacher"
+        "--kd-hold-limit 60 --kd-bos inject --kd-audit-every 5 --kd-new-teacher"
     )
     assert parsed(words) == DistillationOptions(
         teacher="tcp://a:1,b:2",
@@ -39,6 +39,7 @@ def test_flags_become_frozen_options() -> None:
         ce_only_budget=7,
         hold_limit_s=60.0,
         bos="inject",
+        audit_every=5,
         new_teacher=True,
     )
 

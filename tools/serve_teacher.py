@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_mlr1.errors import ConfigError, Mlr1Error
 from megatron_mlr1.teacher import planner, status
+from megatron_mlr1.teacher.fp8_gate import MAX_KL, MIN_AGREEMENT, Gate
 from megatron_mlr1.teacher.keys import read_student_keys
 from megatron_mlr1.teacher.pool import RESCAN_S, open_pool
 from megatron_mlr1.teacher.serving import ServePlan, parse_devices
@@ -62,6 +63,29 @@ def _parser() -> argparse.ArgumentParser:
     group("--bind-any", action="store_true", help="allow to listen on every interface")
     group("--insecure-loopback", action="store_true", help="no keys, on this machine alone")
     group("--dtype", choices=STATE_DTYPES, default="bfloat16", help="of weights and states")
+    group(
+        "--precision",
+        choices=("dtype", "fp8"),
+        default="dtype",
+        help="of the products: --dtype's (the default), or FP8 (E4M3) in the linear layers but not "
+        "in the head, which must pass a gate and is another teacher than the same in bfloat16",
+    )
+    group(
+        "--fp8-max-kl",
+        type=float,
+        default=MAX_KL,
+        metavar="NATS",
+        help=f"the gate: FP8 may move the distribution so far, a token (default: {MAX_KL:g})",
+    )
+    group(
+        "--fp8-min-agreement",
+        type=float,
+        default=MIN_AGREEMENT,
+        metavar="SHARE",
+        help="the gate: so many of the tokens must keep their likeliest id "
+        f"(default: {MIN_AGREEMENT:g})",
+    )
+    group("--fp8-text", type=Path, metavar="FILE", help="the gate's text, if not the built-in one")
     group("--max-queue-tokens", type=int, default=262_144, help="of one replica; then BUSY")
     group(
         "--held-gb",
@@ -96,6 +120,12 @@ def _serve(args: argparse.Namespace) -> None:
                 f"--{flag} is missing; a teacher is served from a folder at an "
                 "address. Give both, or say --status or --plan."
             )
+    gate = Gate(max_kl=args.fp8_max_kl, min_agreement=args.fp8_min_agreement, text=args.fp8_text)
+    if args.precision != "fp8" and gate != Gate():
+        raise ConfigError(
+            "a flag of the FP8 gate is given and --precision fp8 is not, so it would do nothing. "
+            "Give --precision fp8, or leave the flag out."
+        )
     plan = ServePlan(
         model=args.model,
         devices=parse_devices(args.devices),
@@ -103,6 +133,7 @@ def _serve(args: argparse.Namespace) -> None:
         pool=None if args.pool is None else Path(args.pool),
         keys=args.keys,
         dtype=args.dtype,
+        fp8=gate if args.precision == "fp8" else None,
         data_bind=args.open_data_bind,
         advertise=args.advertise,
         max_queue_tokens=args.max_queue_tokens,

@@ -10,6 +10,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from megatron_mlr1.engine.agreement import agreed
 from megatron_mlr1.engine.alpha import AlphaSchedule
 from megatron_mlr1.engine.groups import Place, place
 from megatron_mlr1.engine.lessons import Lessons, head_shard
-from megatron_mlr1.errors import ConfigError, TeacherError
+from megatron_mlr1.errors import ConfigError, Mlr1Error, TeacherError
 from megatron_mlr1.losses.distillation import Lesson
 from megatron_mlr1.teacher.addresses import open_backend
 from megatron_mlr1.teacher.agreement import Agreement, Branch
@@ -89,7 +90,8 @@ class Distilling:
         self._lookahead: Lookahead[Batch] | None = None
         self._lessons: Lessons | None = None
         self._ledger: Ledger | None = None
-        self._mistake: TeacherError | None = None
+        self._mistake: Mlr1Error | None = None
+        self._has_given_up = False
         self._tokens, self._targets = Digest(), Digest()
         self._seen: set[object] = set()
         self._wait_s = 0.0
@@ -239,7 +241,7 @@ class Distilling:
         self._seen.clear()
         try:
             self._branch = self._agreement.decide(self._is_ready)
-        except TeacherError as error:
+        except Mlr1Error as error:
             return self._give_up(error, iteration)
         self._wait_s += time.monotonic() - began
         return None
@@ -249,12 +251,13 @@ class Distilling:
             return True
         try:
             return self._lookahead.is_ready(get_num_microbatches())
-        except TeacherError as error:
+        except Mlr1Error as error:
             self._mistake = error
             raise
 
-    def _give_up(self, error: TeacherError, iteration: int) -> int:
+    def _give_up(self, error: Mlr1Error, iteration: int) -> int:
         """Say once why no rank goes on."""
+        self._has_given_up = True
         own = self._mistake
         mine = None if own is None else (str(own), own.exit_code)
         found: list[tuple[str, int] | None] = [None] * dist.get_world_size()
@@ -263,7 +266,8 @@ class Distilling:
         reason, code = next(filter(None, found), (str(error), error.exit_code))
         if dist.get_rank() == 0:
             saves = self._args.save is not None and iteration > self._first_iteration
-            note = f" The run is saved at step {iteration}." if saves else ""
+            goes_on = "the same command goes on from there."
+            note = f" The run is saved at step {iteration}; {goes_on}" if saves else ""
             print(f"error: {reason}{note}", file=sys.stderr, flush=True)
         return code
 
@@ -282,9 +286,7 @@ class Distilling:
         targets = None
         if ahead is not None:
             assert self._lookahead is not None, "who has looked ahead has a lookahead"
-            if self._branch is Branch.CE_ONLY:
-                self._lookahead.skip(ahead)
-            else:
+            if self._branch is Branch.KD:
                 began = time.monotonic()
                 targets = self._lookahead.targets(ahead, self._options.hold_limit_s)
                 self._wait_s += time.monotonic() - began
@@ -351,7 +353,9 @@ class Distilling:
         if self._ledger is not None:
             self._ledger.close()
         if self._backend is not None:
-            self._backend.close()
+            # A run that gives up has said why; a full disk would fail here once more.
+            with suppress(Mlr1Error) if self._has_given_up else nullcontext():
+                self._backend.close()
 
 
 def _say(text: str) -> None:

@@ -82,6 +82,7 @@ def teacher_options(
         dtype="bfloat16" if args.bf16 else "float32",
         client=ClientOptions(
             dispatch=DispatchOptions(buffer_bytes=int(options.buffer_gb * 1e9)),
+            audit_every=options.audit_every,
             start_timeout_s=min(START_TIMEOUT_S, options.hold_limit_s),
             pinned=not cpu.is_active(),
         ),

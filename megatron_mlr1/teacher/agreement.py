@@ -14,7 +14,7 @@ from typing import Final
 import torch
 import torch.distributed as dist
 
-from megatron_mlr1.errors import ConfigError, TeacherError
+from megatron_mlr1.errors import ConfigError, Mlr1Error, TeacherError
 from megatron_mlr1.teacher.backend import TeacherUnavailable
 
 POLL_S: Final = 0.05
@@ -85,59 +85,40 @@ class Agreement:
         self._policy = policy
         self._ce_only_left = policy.ce_only_steps - ce_only_used
         self._report = report or (lambda line: None)
-        self._asked: tuple[torch.Tensor, dist.Work | None] | None = None
 
     @property
     def ce_only_left(self) -> int:
         """Steps that may still go on without the teacher."""
         return max(self._ce_only_left, 0)
 
-    def ask(self, is_ready: bool) -> None:
-        """Begin to compare, during this step, whether all are ready for the next one.
-
-        Optional, and collective: all ranks ask or none does. `decide` then finds the answer there
-        and a step whose targets came in time waits for nobody.
-        """
-        assert self._asked is None, "the last question has not been decided yet"
-        self._asked = self._reduce(is_ready, no_error=True, goes_on=True, is_patient=True)
-
     def decide(self, is_ready: Callable[[], bool]) -> Branch:
         """Agree on the branch of the step that begins; the same answer or error on every rank.
 
         Args:
-            is_ready: whether this rank has all targets of the step; may raise TeacherError.
+            is_ready: whether this rank has all targets of the step; may raise Mlr1Error.
 
         Raises:
             TeacherUnavailable: the longest wait has passed, on all ranks.
-            TeacherError: this rank or another one cannot get its targets at all.
+            Mlr1Error: this rank cannot get its targets at all.
+            TeacherError: another one cannot.
         """
-        if self._asked is not None:
-            flags, work = self._asked
-            self._asked = None
-            if work is not None:
-                work.wait()
-            if flags[0]:
-                return Branch.KD
-        return self._wait_together(is_ready, time.monotonic())
-
-    def _wait_together(self, is_ready: Callable[[], bool], begin: float) -> Branch:
-        policy, warned, error = self._policy, False, None
+        begin = time.monotonic()
+        policy, warned = self._policy, False
+        error: Mlr1Error | None = None
         patience = policy.ce_only_after_s if self._ce_only_left > 0 else None
         while True:
             waited_s = time.monotonic() - begin
             ready = False
             try:
                 ready = is_ready()
-            except TeacherError as mistake:
+            except Mlr1Error as mistake:
                 error = mistake
-            flags, work = self._reduce(
+            flags = self._reduce(
                 ready,
                 no_error=error is None,
                 goes_on=waited_s < policy.limit_s,
                 is_patient=patience is None or waited_s < patience,
             )
-            if work is not None:
-                work.wait()
             all_ready, no_error, goes_on, is_patient = (bool(flag) for flag in flags)
             if not no_error:
                 raise error or TeacherError(
@@ -162,17 +143,17 @@ class Agreement:
 
     def _reduce(
         self, is_ready: bool, *, no_error: bool, goes_on: bool, is_patient: bool
-    ) -> tuple[torch.Tensor, dist.Work | None]:
-        """Begin one MIN all-reduce of what this rank knows; all later choices rest on it alone."""
+    ) -> torch.Tensor:
+        """Give the MIN over all ranks of what each knows; all later choices rest on it alone."""
         flags = torch.tensor([is_ready, no_error, goes_on, is_patient], dtype=torch.uint8)
-        if self._group is None:
-            return flags, None
-        return flags, dist.all_reduce(flags, dist.ReduceOp.MIN, self._group, async_op=True)
+        if self._group is not None:
+            dist.all_reduce(flags, dist.ReduceOp.MIN, self._group)
+        return flags
 
 
 def _gave_up(limit_s: float) -> TeacherUnavailable:
     return TeacherUnavailable(
         f"No teacher gave the next step's targets for {limit_s:.0f} s, and the run may wait no "
         "longer. Start replicas, look at `tools/serve_teacher.py --status`, and start the run "
-        "again: it resumes from its last checkpoint."
+        "again."
     )

@@ -78,6 +78,11 @@ class Desk:
         """Whether nothing is owed to anyone."""
         return not len(self._queue) and all(s.is_idle for s in self._sessions.values())
 
+    @property
+    def has_students(self) -> bool:
+        """Whether anyone would be told that the replica leaves."""
+        return bool(self._sessions)
+
     def begin_drain(self) -> None:
         """Tell every student to go elsewhere; what is accepted is still answered."""
         self._is_draining = True

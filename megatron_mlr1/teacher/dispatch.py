@@ -281,7 +281,14 @@ class Dispatcher:
         """Ask a replica no more, and ask others for what it gave and nobody has fetched yet."""
         self._replicas.eject(name, reason)
         for work in self._table.works():
-            if name in work.answers and work.state is State.DONE and self._take_back(work):
+            if name not in work.answers:
+                continue
+            if work.state is not State.DONE:  # an audit: the other answers still count
+                del work.answers[name]
+                self._give_back(work.num_bytes)
+                self.add(work)
+                self.counts["disowned"] += 1
+            elif self._take_back(work):
                 self.counts["disowned"] += 1
 
     def _settle_dispute(self, work: Work) -> None:

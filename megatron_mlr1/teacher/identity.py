@@ -57,7 +57,7 @@ def tokenizer_sha256(folder: Path) -> str:
     Raises:
         TeacherError: the folder holds no tokenizer that `transformers` can read.
     """
-    return _hash_tokens(_load_tokenizer(folder).get_vocab())
+    return _hash_tokens(load_tokenizer(folder).get_vocab())
 
 
 def _hash_tokens(vocabulary: dict[str, int]) -> str:
@@ -67,7 +67,12 @@ def _hash_tokens(vocabulary: dict[str, int]) -> str:
     return hasher.hexdigest()
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """Load the tokenizer of a Hugging Face folder; no remote code.
+
+    Raises:
+        TeacherError: the folder holds none that `transformers` can read.
+    """
     try:
         return transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
@@ -80,7 +85,7 @@ def _load_tokenizer(folder: Path) -> Any:
 
 
 def _tokenizer(folder: Path, config: dict[str, Any]) -> tuple[str, int | None]:
-    tokenizer = _load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     bos = tokenizer.bos_token_id
     vocabulary = tokenizer.get_vocab()
     highest = max(vocabulary.values(), default=-1)

@@ -9,8 +9,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_mlr1.errors import TeacherError
-from megatron_mlr1.teacher.backend import TeacherBackend, Ticket
+from megatron_mlr1.errors import Mlr1Error, TeacherError
+from megatron_mlr1.teacher.backend import TeacherBackend, TeacherUnavailable, Ticket
 from megatron_mlr1.teacher.spec import TargetRequest, Targets, TargetSpec
 
 DEPTH: Final = 8
@@ -52,7 +52,8 @@ class Lookahead[B]:
 
     Nothing of it needs to be saved: after a restart the loader is rewound as always, and requests
     are made again. A micro-batch that the engine replays within a step gets the targets that it had
-    the first time, until `step_done`.
+    the first time, until `step_done`. Whatever goes wrong is said by `is_ready`, before the step
+    that it concerns: in the middle of one, other ranks wait in collectives.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Lookahead[B]:
             batches: micro-batches of this process, in order.
             requests_of: makes the requests for the sequences of a micro-batch, in order.
             teacher: who is asked.
-            depth: micro-batches that are asked for before they are needed.
+            depth: micro-batches that are asked for before they are needed, at least.
         """
         if depth < 1:
             raise TeacherError(f"a lookahead of {depth} micro-batches is none; choose 1 or more.")
@@ -77,10 +78,14 @@ class Lookahead[B]:
         self._window: deque[Ahead[B]] = deque()
         self._position = 0
         self._ended = False
+        self._error: Mlr1Error | None = None
+        """Why nothing can be asked for beyond the window."""
+        self._given: list[Ahead[B]] = []
+        """Micro-batches that left the window since the last step was done."""
         self._held: dict[bytes, Targets] = {}
         """What this step has fetched, by content key."""
         self._fetched: set[int] = set()
-        """Numbers of tickets that this step has fetched or dropped."""
+        """Numbers of tickets that this step has fetched."""
 
     def __iter__(self) -> Iterator[Ahead[B]]:
         return self
@@ -88,23 +93,37 @@ class Lookahead[B]:
     def __next__(self) -> Ahead[B]:
         self._fill(self._depth + 1)
         if not self._window:
-            raise StopIteration
-        return self._window.popleft()
+            raise self._error or StopIteration
+        self._given.append(self._window.popleft())
+        return self._given[-1]
 
     def is_ready(self, num_micro_batches: int) -> bool:
-        """Say whether the next micro-batches have all their targets; asks for them, waits for none.
+        """Bring the targets of the next micro-batches here, and say whether all have come.
 
-        What the ranks agree on before a step (`agreement.Agreement.decide`): a step must not run
-        dry in its middle, where other ranks wait in collectives.
+        Asks for them and waits for none; from now on as many are asked for ahead, so that a step's
+        targets are made during the one before. It is what the ranks agree on before a step
+        (`agreement.Agreement.decide`); where it says yes, `targets` gives what is held here, and
+        the step can neither run dry nor fail for the teacher in its middle.
 
         Raises:
-            TeacherError: targets of one of them cannot be had at all.
+            Mlr1Error: targets of one of them cannot be had at all.
         """
+        self._depth = max(self._depth, num_micro_batches)
         self._fill(num_micro_batches)
         soon = [self._window[i] for i in range(min(num_micro_batches, len(self._window)))]
+        tickets = [ticket for one in soon for ticket in one.tickets]
         # Not `all` over the tickets: an error of a later one is to be seen too.
-        answers = [self._teacher.ready(ticket) for one in soon for ticket in one.tickets]
-        return all(answers)
+        answers = [self._is_here(ticket) for ticket in tickets]
+        if len(soon) < num_micro_batches and self._error is not None:
+            raise self._error
+        if not all(answers):
+            return False
+        try:
+            for ticket in tickets:
+                self._fetch(ticket, 0.0)
+        except TeacherUnavailable:  # taken back in the meantime, for a replica that answers wrongly
+            return False
+        return True
 
     def targets(self, ahead: Ahead[B], timeout_s: float) -> list[Targets]:
         """Give the targets of a micro-batch, one for each of its sequences; wait if need be.
@@ -122,32 +141,43 @@ class Lookahead[B]:
             # Whoever replays this object again must not ask a third time.
             object.__setattr__(ahead, "tickets", tickets)
         for ticket in tickets:
-            if ticket.number not in self._fetched:
-                self._held[ticket.key] = self._teacher.fetch(ticket, timeout_s)
-                self._fetched.add(ticket.number)
+            self._fetch(ticket, timeout_s)
         return [self._held[ticket.key] for ticket in tickets]
 
-    def skip(self, ahead: Ahead[B]) -> None:
-        """Give up the targets of a micro-batch, in a step that goes on without the teacher."""
-        for ticket in ahead.tickets:
-            if ticket.number not in self._fetched:
-                self._teacher.drop(ticket)
-                self._fetched.add(ticket.number)
-
     def step_done(self) -> None:
-        """Let go of what the step has fetched; the engine will not replay its micro-batches."""
+        """Let go of what the step was given and has fetched; the engine will not replay it.
+
+        Targets that nobody fetched, of a step without the teacher, are given up.
+        """
+        for ahead in self._given:
+            for ticket in ahead.tickets:
+                if ticket.number not in self._fetched:
+                    self._teacher.drop(ticket)
+        self._given.clear()
         self._held.clear()
         self._fetched.clear()
 
+    def _is_here(self, ticket: Ticket) -> bool:
+        return ticket.number in self._fetched or self._teacher.ready(ticket)
+
+    def _fetch(self, ticket: Ticket, timeout_s: float) -> None:
+        if ticket.number not in self._fetched:
+            self._held[ticket.key] = self._teacher.fetch(ticket, timeout_s)
+            self._fetched.add(ticket.number)
+
     def _fill(self, num_micro_batches: int) -> None:
-        while len(self._window) < num_micro_batches and not self._ended:
+        while len(self._window) < num_micro_batches and not self._ended and self._error is None:
             try:
                 batch = next(self._batches)
             except StopIteration:
                 self._ended = True
                 return
-            requests = self._requests_of(batch)
-            tickets = tuple(self._teacher.submit(one, self._position) for one in requests)
+            try:
+                requests = self._requests_of(batch)
+                tickets = tuple(self._teacher.submit(one, self._position) for one in requests)
+            except Mlr1Error as error:
+                self._error = error
+                return
             self._window.append(Ahead(batch, tickets))
             self._position += 1
 

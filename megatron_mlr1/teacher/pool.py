@@ -106,6 +106,24 @@ def open_pool(where: str) -> Pool:
     return AddressPool(tuple(addresses))
 
 
+def refuse_other_teacher(folder: Path, fingerprint: str) -> None:
+    """Refuse to join the replicas of another teacher; a student takes those of one alone.
+
+    Raises:
+        TeacherError: a living replica of the pool serves another teacher.
+        MachineError: the folder cannot be read.
+    """
+    if not folder.is_dir():
+        return
+    for lease in FolderPool(folder).leases():
+        if lease.fingerprint != fingerprint:
+            raise TeacherError(
+                f"{folder} has the replica {lease.name} of the teacher {lease.fingerprint}, and "
+                f"this one is {fingerprint} (weights, tokenizer, precision, kind of device and "
+                "versions make it). A pool has one teacher; name another folder by --pool."
+            )
+
+
 class LeaseKeeper:
     """Keeps one replica's lease fresh; called from time to time by the replica's own loop."""
 

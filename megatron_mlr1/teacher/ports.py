@@ -25,6 +25,8 @@ type OnMessage = Callable[[bytes, list[Any]], None]
 
 UNSENT_MESSAGES: Final = 64
 """ZeroMQ keeps at most so many messages for one student; more wait with us."""
+IO_THREADS: Final = 4
+"""Students are spread over so many threads, which send, and encrypt, at the same time."""
 HEARTBEAT_MS: Final = 2000
 DEAD_MS: Final = 20_000
 """A connection that is silent for so long is closed; long enough for a large reply to pass."""
@@ -52,7 +54,7 @@ class Ports:
             MachineError: an address cannot be bound.
         """
         self._limits = limits
-        self._context = zmq.Context()
+        self._context = zmq.Context(IO_THREADS)
         self._authenticator: ThreadAuthenticator | None = None
         # A pair of ordinary sockets: it may be written by any thread and by a signal's handler.
         self._woken, self._waker = socket.socketpair()

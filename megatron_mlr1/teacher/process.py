@@ -17,8 +17,10 @@ import transformers
 from megatron_mlr1.errors import MachineError, Mlr1Error
 from megatron_mlr1.teacher.keys import read_pool_keys
 from megatron_mlr1.teacher.memory import keep_large_blocks
-from megatron_mlr1.teacher.model import load_teacher
+from megatron_mlr1.teacher.model import TeacherModel, load_teacher
+from megatron_mlr1.teacher.pool import refuse_other_teacher
 from megatron_mlr1.teacher.replica import Replica, ReplicaOptions
+from megatron_mlr1.teacher.serving import read_gate
 
 
 def main(words: list[str]) -> int:
@@ -27,11 +29,12 @@ def main(words: list[str]) -> int:
     transformers.utils.logging.disable_progress_bar()
     keep_large_blocks()
     try:
-        replica = _open(place)
+        teacher, note = _load(place)
+        replica = _open(place, teacher)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: replica.drain())
         threading.Thread(target=_drain_at_end_of_input, args=(replica,), daemon=True).start()
-        print(f"replica {place['name']} serves at {replica.endpoint}", flush=True)
+        print(f"replica {place['name']} serves at {replica.endpoint}{note}", flush=True)
         replica.run()
     except Mlr1Error as error:
         print(error, file=sys.stderr)
@@ -39,22 +42,34 @@ def main(words: list[str]) -> int:
     return 0
 
 
-def _open(place: dict[str, Any]) -> Replica:
-    device = torch.device(place["device"])
+def _load(place: dict[str, Any]) -> tuple[TeacherModel, str]:
+    """Load the teacher, and say what there is to say of it."""
+    folder, device = Path(place["model"]), torch.device(place["device"])
     if device.type == "cuda" and torch.cuda.device_count() <= (device.index or 0):
         raise MachineError(
             f"device {place['device']} is asked for; torch can use {torch.cuda.device_count()} "
             "GPUs here. Correct --devices."
         )
+    if place["fp8"] is None:
+        return load_teacher(folder, device, place["dtype"]), ""
+    from megatron_mlr1.teacher.fp8 import load_fp8_teacher
+
+    teacher, drift = load_fp8_teacher(folder, device, read_gate(place["fp8"]))
+    return teacher, f"; {drift}"
+
+
+def _open(place: dict[str, Any], teacher: TeacherModel) -> Replica:
     keys = None if place["keys"] is None else read_pool_keys(Path(place["keys"]))
-    teacher = load_teacher(Path(place["model"]), device, place["dtype"])
+    pool = None if place["pool"] is None else Path(place["pool"])
+    if pool is not None:
+        refuse_other_teacher(pool, teacher.identity.fingerprint)
     options = ReplicaOptions(
         name=place["name"],
         bind=place["bind"],
         advertise=place["advertise"],
         data_bind=place["data_bind"],
         keys=keys,
-        pool=None if place["pool"] is None else Path(place["pool"]),
+        pool=pool,
         max_queue_tokens=place["max_queue_tokens"],
         held_bytes=place["held_bytes"],
         drain_s=place["drain_s"],

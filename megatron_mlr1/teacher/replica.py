@@ -26,6 +26,10 @@ MAX_FAILURES: Final = 3
 """A device that failed so often in a row is given up; the supervisor starts a new process."""
 TICK_MS: Final = 100
 
+FAREWELL_S: Final = 0.3
+"""A replica that drains hears its students so much longer: what they sent before they knew is told
+to go elsewhere, where a closed socket would let them wait."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReplicaOptions:
@@ -98,7 +102,10 @@ class Replica:
                 lease.give_up()
             self._desk.begin_drain()
             until = time.monotonic() + self._options.drain_s
-            while self._fault is None and not self._desk.is_idle and time.monotonic() < until:
+            farewell = time.monotonic() + FAREWELL_S if self._desk.has_students else 0.0
+            while self._fault is None and (now := time.monotonic()) < until:
+                if self._desk.is_idle and now >= farewell:
+                    break
                 self._tick()
             self._desk.settle()
         finally:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from random import Random
+from typing import Final
 
 import zmq
 
@@ -14,6 +15,9 @@ from megatron_mlr1.teacher.pool import RESCAN_S, Pool
 from megatron_mlr1.teacher.scheduling import Breaker, Load
 from megatron_mlr1.teacher.spec import TeacherIdentity
 from megatron_mlr1.teacher.tickets import Work
+
+IO_THREADS: Final = 4
+"""Replicas are spread over so many threads, which receive, and decrypt, at the same time."""
 
 _log = logging.getLogger(__name__)
 
@@ -80,7 +84,7 @@ class Replicas:
     def __init__(self, access: Access, random: Random) -> None:
         """Take who may be asked; nothing is opened yet."""
         self._access, self._random = access, random
-        self._context = zmq.Context()
+        self._context = zmq.Context(IO_THREADS)
         self._context.max_sockets = 16_384
         self._known: dict[str, Address] = {}
         self._breakers: dict[str, Breaker] = {}

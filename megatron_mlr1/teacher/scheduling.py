@@ -14,6 +14,8 @@ REMEMBERED: Final = 256
 """Service times of which a replica's quantiles are taken."""
 HEDGE_BURST: Final = 2.0
 """Second requests that may be sent before any share has been earned."""
+TOGETHER_S: Final = 0.01
+"""Deliveries so close are of one step, which takes the targets of all its micro-batches at once."""
 
 
 class Load:
@@ -95,28 +97,32 @@ class Pace:
 
     def __init__(self) -> None:
         """Start without a measurement."""
-        self._position: int | None = None
+        self._first: int | None = None
+        """The first deadline of the last step."""
+        self._last = 0
         self._since = 0.0
         self._step_s: float | None = None
 
     def took(self, deadline: int, now: float) -> None:
         """Count a delivery; deadlines are the order in which targets are needed."""
-        if self._position is None:
-            self._position, self._since = deadline, now
-        elif deadline > self._position:
-            step_s = (now - self._since) / (deadline - self._position)
-            old = step_s if self._step_s is None else self._step_s
-            self._step_s = old + SMOOTHING * (step_s - old)
-            self._position, self._since = deadline, now
+        if self._first is None:
+            self._first, self._last, self._since = deadline, deadline, now
+        elif deadline > self._last:
+            if now - self._since >= TOGETHER_S:
+                step_s = (now - self._since) / (deadline - self._first)
+                old = step_s if self._step_s is None else self._step_s
+                self._step_s = old + SMOOTHING * (step_s - old)
+                self._first, self._since = deadline, now
+            self._last = deadline
 
     def slack(self, deadline: int, now: float) -> float:
         """Give the seconds until `deadline`, infinite while the pace is not known.
 
         The training waits for a deadline that is next; its slack is what is left of its step.
         """
-        if self._step_s is None or self._position is None:
+        if self._step_s is None:
             return float("inf")
-        return (deadline - self._position) * self._step_s - (now - self._since)
+        return (deadline - self._last) * self._step_s - (now - self._since)
 
 
 class HedgeBudget:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from megatron_mlr1.errors import ConfigError
+from megatron_mlr1.teacher.fp8_gate import Gate
 from megatron_mlr1.teacher.keys import read_pool_keys
 
 _TCP: Final = re.compile(r"tcp://(\[[0-9A-Fa-f:]+\]|[^:\[\]]+):(\d+|\*)")
@@ -83,6 +84,8 @@ class ServePlan:
     keys: Path | None
     """Folder of keys; None needs `insecure_loopback`."""
     dtype: str = "bfloat16"
+    fp8: Gate | None = None
+    """Products in FP8, behind this gate; None for products in `dtype`."""
     data_bind: str | None = None
     """First address of the open ports for targets."""
     advertise: str | None = None
@@ -116,6 +119,11 @@ class ServePlan:
             if self.insecure_loopback:
                 raise ConfigError("--keys and --insecure-loopback contradict each other. Drop one.")
             read_pool_keys(self.keys)
+        if self.fp8 is not None and self.dtype != "bfloat16":
+            raise ConfigError(
+                f"--precision fp8 with --dtype {self.dtype}: FP8 products give bfloat16 states. "
+                "Leave --dtype at bfloat16, or --precision out."
+            )
         if min(self.max_queue_tokens, self.held_bytes) < 1 or not self.drain_s > 0:
             raise ConfigError(
                 f"a queue of {self.max_queue_tokens} tokens, {self.held_bytes} bytes of replies, "
@@ -137,6 +145,7 @@ def place_of(plan: ServePlan, index: int, starts: int) -> dict[str, Any]:
         "model": str(plan.model),
         "device": plan.devices[index],
         "dtype": plan.dtype,
+        "fp8": None if plan.fp8 is None else _fields(plan.fp8),
         "bind": address_of(plan.bind, index),
         "data_bind": None if plan.data_bind is None else address_of(plan.data_bind, index),
         "advertise": plan.advertise,
@@ -146,3 +155,17 @@ def place_of(plan: ServePlan, index: int, starts: int) -> dict[str, Any]:
         "held_bytes": plan.held_bytes,
         "drain_s": plan.drain_s,
     }
+
+
+def _fields(gate: Gate) -> dict[str, Any]:
+    return {
+        "max_kl": gate.max_kl,
+        "min_agreement": gate.min_agreement,
+        "text": None if gate.text is None else str(gate.text),
+    }
+
+
+def read_gate(fields: dict[str, Any]) -> Gate:
+    """Read what `place_of` wrote of a gate."""
+    text = fields["text"]
+    return Gate(**(fields | {"text": None if text is None else Path(text)}))

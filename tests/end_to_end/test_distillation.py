@@ -2,15 +2,22 @@
 
 import json
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+from megatron_mlr1.teacher.in_process import InProcessTeacher
+from megatron_mlr1.teacher.model import load_teacher
+from megatron_mlr1.teacher.spec import TargetRequest, TargetSpec
+from megatron_mlr1.teacher.store import make_store
 from tests.end_to_end.conftest import checkpoint_of, exact, record
 from tests.support.teacher_pool import Nursery, pool_of
-from tests.support.teachers import make_teacher_folder
+from tests.support.teachers import make_keys, make_teacher_folder
 
 STEPS, FIRST = 12, 4
 KD = ("--from-scratch", "--train-iters", str(STEPS), "--save-interval", str(FIRST))
@@ -22,6 +29,8 @@ LAYOUTS = {
 }
 SLOW = ("data", "pipeline")
 LIMIT = 1e-4
+LIES_AFTER = 40
+"""Answers of a replica before it begins to lie."""
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +153,7 @@ def test_every_layout_learns_what_one_process_learns(layout, distil, learned, nu
 def test_without_teachers_all_ranks_take_one_branch_then_save_and_end(distil, nursery, tmp_path):
     save, pool_folder = tmp_path / "save", tmp_path / "pool"
     words = ("--kd-without-teacher", "ce_only", "--kd-ce-only-budget", "2")
-    words += ("--kd-ce-only-after", "0.5", "--kd-hold-limit", "3", "--kd-lookahead", "1")
+    words += ("--kd-ce-only-after", "2", "--kd-hold-limit", "5", "--kd-lookahead", "1")
     with pool_of(nursery, pool_folder, 1) as pool:
         done = distil(save, pool.folder, *words, processes=2, at_step=(2, lambda: pool.kill("r0")))
     assert re.search(r"exitcode +: 75", done.output), done.output[-3000:]
@@ -169,6 +178,60 @@ def test_without_teachers_all_ranks_take_one_branch_then_save_and_end(distil, nu
     branches = [json.loads(line)["branch"] for line in ledger(save).splitlines()]
     assert len(branches) == STEPS
     assert branches.count("ce_only") == 2
+
+
+@pytest.mark.slow
+def test_a_replica_that_begins_to_lie_is_ejected_while_training_goes_on(
+    distil, learned, nursery, tmp_path
+):
+    keys, save = tmp_path / "keys", tmp_path / "save"
+    make_keys(keys)
+    with pool_of(nursery, tmp_path / "pool", 2, keys=str(keys)) as pool:
+        liar = pool.start(keys=str(keys), damage=1e-2, damage_after=LIES_AFTER)
+        # One request in one: only then is it certain that no lie is believed.
+        words = ("--teacher-keys", str(keys), "--kd-audit-every", "1")
+        done = distil(save, pool.folder, *words)
+    assert done.code == 0, done.output[-3000:]
+    assert f"teacher replica {liar} is ejected" in done.output
+    ejected = [row["teacher ejected"] for row in record(save).values()]
+    assert (ejected[0], ejected[-1]) == (0, 1)
+    assert parts(save) == parts(learned)
+    assert ledger(save) == ledger(learned)
+
+
+def test_a_store_alone_teaches_what_its_teacher_did_and_where_it_is_broken_nothing_is_lost(
+    distil, nursery, tmp_path
+):
+    writer, reader, store = tmp_path / "writer", tmp_path / "reader", tmp_path / "store"
+    with pool_of(nursery, tmp_path / "pool", 1) as pool:
+        done = distil(writer, f"tiered:{store},+{pool.folder}", processes=2)
+    assert done.code == 0, done.output[-3000:]
+
+    whole = shutil.copytree(store, tmp_path / "whole")
+    break_a_record(store, at=0.6)
+    done = distil(reader, f"store:{store}", processes=2)
+    refused(done, 2, "does not fit its checksum")
+    saved = int((reader / "latest_checkpointed_iteration.txt").read_text())
+    assert FIRST < saved < STEPS
+    assert max(record(reader)) == saved, "the last completed step is saved"
+    assert f"The run is saved at step {saved}" in done.output
+
+    shutil.rmtree(store)
+    whole.rename(store)
+    done = distil(reader, f"store:{store}", processes=2)
+    assert done.code == 0, done.output[-3000:]
+    assert exact(reader) == exact(writer)
+    assert parts(reader) == parts(writer)
+    assert ledger(reader) == ledger(writer)
+
+
+def break_a_record(store: Path, at: float) -> None:
+    """Turn some bits in the middle of what one process wrote."""
+    shard = next(path for path in store.glob("*.arrow") if path.name != "head.arrow")
+    data = bytearray(shard.read_bytes())
+    place = int(len(data) * at)
+    data[place : place + 64] = bytes(255 - byte for byte in data[place : place + 64])
+    shard.write_bytes(data)
 
 
 @pytest.mark.slow
@@ -207,8 +270,53 @@ def test_what_does_not_fit_ends_in_one_error_before_training(
     refused(distil(save, f"inprocess:{other}"), 2, "its fingerprint is")
 
 
+@pytest.mark.slow
+def test_a_store_that_does_not_fit_ends_in_one_error_before_training(
+    distil, corpora, learned, teacher, tmp_path
+):
+    other = llama(tmp_path / "other", corpora, seed=1)
+    foreign, little = (
+        store_of(engine_of(folder), tmp_path / name)
+        for folder, name in ((other, "foreign"), (teacher, "little"))
+    )
+    save = checkpoint_of(learned, FIRST, tmp_path / "again")
+    refused(distil(save, f"store:{foreign}"), 2, "holds targets of another teacher")
+    save = tmp_path / "new"
+    refused(distil(save, f"store:{little}"), 2, "has no targets for a sequence of 64 tokens")
+    assert record(save) == {}
+
+
+def engine_of(folder):
+    return InProcessTeacher(load_teacher(folder, torch.device("cpu"), "float32"))
+
+
+def store_of(teacher, folder):
+    """A store with the targets of one sequence that no corpus holds."""
+    store = make_store(folder, teacher.identity, TargetSpec(attention="full"))
+    store.keep_head(teacher.head)
+    tokens = np.zeros(64, "<i4")
+    request = TargetRequest(tokens, np.array([0, 64], "<i4"), store.spec)
+    ticket = teacher.submit(request, 0)
+    store.add(ticket.key, teacher.fetch(ticket, 0))
+    store.flush()
+    return folder
+
+
+@pytest.mark.parametrize("student", ["stranger", pytest.param("nobody", marks=pytest.mark.slow)])
+def test_a_student_whom_the_pool_does_not_know_is_refused(student, distil, nursery, tmp_path):
+    make_keys(tmp_path / "keys")
+    make_keys(tmp_path / "stranger")
+    # It knows the pool, and the pool does not know it.
+    shutil.copy(tmp_path / "keys" / "pool.key", tmp_path / "stranger" / "pool.key")
+    words = ("--teacher-keys", str(tmp_path / "stranger")) if student == "stranger" else ()
+    with pool_of(nursery, tmp_path / "pool", 1, keys=str(tmp_path / "keys")) as pool:
+        done = distil(tmp_path / "save", pool.folder, *words)
+    refused(done, 2, "no teacher answers")
+    assert record(tmp_path / "save") == {}
+
+
 def refused(done, code: int, message: str) -> None:
-    assert re.search(rf"exitcode +: {code} ", done.output), done.output[-3000:]
+    assert re.search(rf"exitcode +: {code}\b", done.output), done.output[-3000:]
     errors = [line for line in done.output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert message in errors[0]

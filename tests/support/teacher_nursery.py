@@ -27,6 +27,8 @@ class Birth:
     """Added to each computation, so that there is something to interrupt."""
     damage: float = 0.0
     """Added to one weight after the fingerprint was taken."""
+    damage_after: int = 0
+    """Answers that it gives before the damage is done."""
     poison: int = -1
     """The process dies of a request that begins with this token."""
     data_bind: str | None = None
@@ -39,9 +41,7 @@ class Patient:
     def __init__(self, teacher: Any, birth: Birth) -> None:
         self._teacher, self._birth = teacher, birth
         self.identity, self.max_tokens = teacher.identity, teacher.max_tokens
-        if birth.damage:
-            # The last weight of the body is that of the final norm, so every answer changes.
-            list(teacher.body.parameters())[-1][0] += birth.damage
+        self._num_answers = 0
 
     def refuse(self, request: Any) -> None:
         self._teacher.refuse(request)
@@ -49,6 +49,10 @@ class Patient:
     def targets(self, request: Any, key: bytes) -> Any:
         if request.tokens[0] == self._birth.poison:
             os._exit(1)
+        if self._birth.damage and self._num_answers == self._birth.damage_after:
+            # The last weight of the body is that of the final norm, so every answer changes.
+            list(self._teacher.body.parameters())[-1][0] += self._birth.damage
+        self._num_answers += 1
         if self._birth.delay_s:
             time.sleep(self._birth.delay_s)
         return self._teacher.targets(request, key)

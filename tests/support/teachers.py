@@ -56,11 +56,12 @@ def make_teacher_folder(
 
 
 def _save_words(folder: Path) -> None:
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     words = {"<pad>": 0, "<bos>": BOS} | {f"w{i}": i for i in range(2, VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<bos>", unk_token="<pad>"
     ).save_pretrained(folder)

@@ -146,6 +146,15 @@ def test_a_replica_with_damaged_weights_is_ejected_and_teaches_nothing(pool):
         assert f"{bad}/in_flight" not in figures
 
 
+def test_a_replica_that_begins_to_lie_is_ejected_though_only_two_others_are_there(tmp_path):
+    with pool_of(shared_nursery(), tmp_path / "pool", 2, delay_s=DELAY_S) as pool:
+        pool.start(damage=1e-3, damage_after=10, delay_s=DELAY_S)
+        with client_of(pool, audit_every=1) as client:
+            all_connected(client, 3)
+            assert learn(client, range(STEPS)) == reference(STEPS)
+            assert client.statistics()["ejected"] == 1
+
+
 def test_of_two_replicas_that_disagree_nobody_knows_which_is_wrong(tmp_path):
     with pool_of(shared_nursery(), tmp_path / "pool", 1) as pool:
         pool.start(damage=1e-3)

@@ -3,7 +3,7 @@ import pickle
 import numpy as np
 import pytest
 
-from megatron_mlr1.errors import TeacherError
+from megatron_mlr1.errors import DataError, TeacherError
 from megatron_mlr1.teacher.audit import bits
 from megatron_mlr1.teacher.backend import TeacherUnavailable
 from megatron_mlr1.teacher.lookahead import Ahead, Lookahead, depth_for, row_requests
@@ -53,18 +53,61 @@ def test_targets_are_asked_for_so_many_micro_batches_ahead_and_earliest_first():
         next(lookahead)
 
 
-def test_a_step_is_ready_when_all_its_micro_batches_are():
+def test_at_the_end_of_a_step_all_targets_of_the_next_one_have_been_asked_for():
+    teacher, lookahead = ahead_of(20, depth=1)
+    assert lookahead.is_ready(4)
+    for _ in range(4):
+        next(lookahead)
+    assert teacher.statistics()["requests"] == 2 * (4 + 4)
+
+
+def test_a_step_is_ready_when_all_its_targets_are_here():
     teacher, lookahead = ahead_of(10, depth=2)
-    assert lookahead.is_ready(5)
-    assert teacher.statistics()["requests"] == 10
     teacher.is_there = False
     assert not lookahead.is_ready(5)
-    ahead = next(lookahead)
-    with pytest.raises(TeacherUnavailable):
-        lookahead.targets(ahead, 0)
+    assert teacher.statistics()["requests"] == 10
     teacher.is_there = True
-    assert len(lookahead.targets(ahead, 0)) == 2
+    assert lookahead.is_ready(5)
+    teacher.is_there = False
+    for _ in range(5):
+        assert len(lookahead.targets(next(lookahead), 0)) == 2, "held since the step was ready"
+    lookahead.step_done()
+    with pytest.raises(TeacherUnavailable):
+        lookahead.targets(next(lookahead), 0)
+    teacher.is_there = True
     assert lookahead.is_ready(100), "what is left, where the data end"
+
+
+class IllTeacher(TableTeacher):
+    """Cannot be asked for some sequences, and cannot answer for others."""
+
+    def __init__(self, *, unasked=(), unanswered=()):
+        super().__init__()
+        self.unasked, self.unanswered = unasked, unanswered
+
+    def submit(self, request, deadline):
+        if deadline in self.unasked:
+            raise TeacherError(f"no targets for {deadline}")
+        return super().submit(request, deadline)
+
+    def fetch(self, ticket, timeout_s):
+        if ticket.deadline in self.unanswered:
+            raise DataError(f"the targets of {ticket.deadline} are broken")
+        return super().fetch(ticket, timeout_s)
+
+
+@pytest.mark.parametrize(
+    ("ill", "error"), [({"unasked": {4}}, TeacherError), ({"unanswered": {5}}, DataError)], ids=str
+)
+def test_what_goes_wrong_ahead_is_said_before_the_step_that_needs_it(ill, error):
+    _, lookahead = ahead_of(10, depth=8, teacher=IllTeacher(**ill))
+    for _ in range(2):
+        assert lookahead.is_ready(2)
+        for _ in range(2):
+            assert len(lookahead.targets(next(lookahead), 0)) == 2
+        lookahead.step_done()
+    with pytest.raises(error, match="targets"):
+        lookahead.is_ready(2)
 
 
 def test_a_replayed_micro_batch_gets_the_same_targets_until_its_step_is_done():
@@ -97,15 +140,11 @@ def test_the_same_sequence_twice_in_a_micro_batch_is_served_twice():
     assert bits(one) == bits(other)
 
 
-def test_a_skipped_micro_batch_leaves_nothing_behind():
+def test_a_micro_batch_whose_targets_nobody_fetched_leaves_nothing_behind():
     teacher, lookahead = ahead_of(4, depth=1)
-    ahead = next(lookahead)
-    teacher.is_there = False
-    lookahead.skip(ahead)
-    lookahead.skip(ahead)
+    next(lookahead)
     lookahead.step_done()
-    assert teacher.statistics()["in_flight"] == 2
-    teacher.is_there = True
+    assert teacher.statistics()["in_flight"] == 2, "those of the next one"
     assert len(lookahead.targets(next(lookahead), 1)) == 2
 
 

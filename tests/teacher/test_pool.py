@@ -11,6 +11,7 @@ from megatron_mlr1.teacher.pool import (
     Lease,
     LeaseKeeper,
     open_pool,
+    refuse_other_teacher,
 )
 
 LEASE = Lease(name="a", endpoint="tcp://10.0.0.1:5555", fingerprint="f" * 32, public_key="k" * 40)
@@ -39,6 +40,15 @@ def test_a_kept_lease_is_found_and_a_given_up_one_is_not(tmp_path):
     keeper.give_up()
     assert pool.leases() == []
     assert not list((tmp_path / "pool").iterdir())
+
+
+def test_a_pool_has_one_teacher(tmp_path):
+    refuse_other_teacher(tmp_path / "not there yet", "a" * 32)
+    write(tmp_path, "same", fingerprint="a" * 32)
+    write(tmp_path, "dead", fingerprint="b" * 32, expires=time.time() - 1)
+    refuse_other_teacher(tmp_path, "a" * 32)
+    with pytest.raises(TeacherError, match="the replica same of the teacher aaaa"):
+        refuse_other_teacher(tmp_path, "b" * 32)
 
 
 def test_a_lease_is_renewed_before_it_runs_out(tmp_path):

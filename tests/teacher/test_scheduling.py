@@ -71,6 +71,15 @@ def test_slack_follows_the_pace_of_the_training():
     assert pace.slack(53, 26.0) == pytest.approx(0.5)
 
 
+def test_the_pace_of_steps_that_take_several_targets_at_once_is_that_of_the_steps():
+    pace = Pace()
+    for step in range(20):
+        for part in range(8):
+            pace.took(8 * step + part, step * 4.0 + part * 1e-4)
+    # The next step begins 4 s after the last one did, and takes 8 more.
+    assert pace.slack(167, 76.0) == pytest.approx(4.0, rel=0.01)
+
+
 def test_second_requests_are_a_share_of_the_first():
     budget = HedgeBudget(0.05)
     spent = sum(budget.spend() for _ in range(10))

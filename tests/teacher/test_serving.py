@@ -1,6 +1,9 @@
+import json
+
 import pytest
 
 from megatron_mlr1.errors import ConfigError, TeacherError
+from megatron_mlr1.teacher.fp8_gate import Gate
 from megatron_mlr1.teacher.serving import (
     ServePlan,
     address_of,
@@ -8,6 +11,7 @@ from megatron_mlr1.teacher.serving import (
     is_local,
     parse_devices,
     place_of,
+    read_gate,
 )
 from tests.support.teachers import make_keys
 
@@ -103,3 +107,24 @@ def test_keys_are_looked_at_before_anything_starts(tmp_path):
 def test_a_replica_that_starts_again_has_another_name(tmp_path):
     served = plan(tmp_path, **LOCAL)
     assert place_of(served, 0, 0)["name"] != place_of(served, 0, 1)["name"]
+
+
+@pytest.mark.parametrize("text", [None, "rows.txt"])
+def test_the_gate_of_fp8_comes_to_the_replica_as_it_was(tmp_path, text):
+    gate = Gate(max_kl=0.01, min_agreement=0.9, text=None if text is None else tmp_path / text)
+    place = json.loads(json.dumps(place_of(plan(tmp_path, fp8=gate, **LOCAL), 0, 0)))
+    assert read_gate(place["fp8"]) == gate
+    assert place_of(plan(tmp_path, **LOCAL), 0, 0)["fp8"] is None
+
+
+def test_fp8_gives_bfloat16_alone(tmp_path):
+    with pytest.raises(ConfigError, match="--dtype float32"):
+        plan(tmp_path, fp8=Gate(), dtype="float32", **LOCAL)
+
+
+@pytest.mark.parametrize(
+    "limits", [{"max_kl": 0.0}, {"max_kl": float("nan")}, {"min_agreement": 1.5}], ids=str
+)
+def test_a_gate_that_cannot_be_is_refused(limits):
+    with pytest.raises(ConfigError, match="--fp8-max-kl"):
+        Gate(**limits)

@@ -132,6 +132,19 @@ def test_bfloat16_that_is_not_finite_is_refused(bits):
         Targets(TargetSpec(), arrays).check(half, 3)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_one_number_that_is_none_is_found_among_many(dtype):
+    import dataclasses
+
+    identity, rows = dataclasses.replace(IDENTITY, dtype=dtype), 40_000
+    for place in (0, 2**17 - 1, 2**17, 8 * rows - 1):
+        hidden = np.zeros((rows, 8), identity.state_dtype)
+        Targets(TargetSpec(), {"hidden": hidden}).check(identity, rows)
+        hidden.flat[place] = 0x7FC0 if dtype == "bfloat16" else np.nan
+        with pytest.raises(TeacherError, match="hidden"):
+            Targets(TargetSpec(), {"hidden": hidden}).check(identity, rows)
+
+
 def test_targets_of_another_shape_are_refused():
     targets = Targets(TargetSpec(), {"hidden": np.zeros((3, 7), "<f4")})
     with pytest.raises(TeacherError, match="they must be"):
