@@ -95,6 +95,7 @@ def extension_arguments(wanted: str) -> dict[str, Any]:
     options = {
         "name": "megatron_mlr1._C",
         "include_dirs": [str(CSRC.resolve())],
+        "depends": sorted(map(str, [*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh")])),
         "extra_link_args": openmp,
         "py_limited_api": True,  # it does not speak to Python at all
     }

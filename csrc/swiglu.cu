@@ -1,13 +1,7 @@
 // CUDA row of mlr1::swiglu and mlr1::swiglu_backward; the op itself is megatron_mlr1/ops/swiglu.py.
-//
-// Bound by memory: forward reads 2F and writes F numbers a row, backward reads 3F and writes 2F, each
-// once. A warp takes 32 neighbouring 16-byte vectors of a row, a block eight rows at a time, and
-// the grid strides over the rows, so no thread divides to find its place.
-#include "common/vector.h"
-#include "swiglu.h"
+#include "swiglu.cuh"
 
 #include <ATen/Dispatch.h>
-#include <ATen/OpMathType.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -21,72 +15,14 @@
 namespace mlr1 {
 namespace {
 
-constexpr int kWarp = 32;
-constexpr int kRowsPerBlock = 8;
 constexpr int64_t kMaxGridY = 65535;
 // 256 blocks of 256 threads for each of 132 multiprocessors: enough to fill any device, and few
 // enough that a thread of a long tensor sees several rows.
 constexpr int64_t kBlocks = 132 * 256;
 
-template <typename scalar_t, int kVector>
-__global__ void __launch_bounds__(kWarp* kRowsPerBlock)
-    swiglu_kernel(const scalar_t* __restrict__ x, scalar_t* __restrict__ y, int64_t rows,
-                  int64_t width) {
-  using math_t = at::opmath_type<scalar_t>;
-  using vector_t = Vector<scalar_t, kVector>;
-  const int64_t column = (int64_t(blockIdx.x) * kWarp + threadIdx.x) * kVector;
-  if (column >= width) {
-    return;
-  }
-  const int64_t stride = int64_t(gridDim.y) * kRowsPerBlock;
-  for (int64_t row = int64_t(blockIdx.y) * kRowsPerBlock + threadIdx.y; row < rows; row += stride) {
-    const scalar_t* const in = x + row * 2 * width + column;
-    const vector_t gate = *reinterpret_cast<const vector_t*>(in);
-    const vector_t up = *reinterpret_cast<const vector_t*>(in + width);
-    vector_t out;
-#pragma unroll
-    for (int k = 0; k < kVector; ++k) {
-      out.at[k] = static_cast<scalar_t>(
-          swiglu(static_cast<math_t>(gate.at[k]), static_cast<math_t>(up.at[k])));
-    }
-    *reinterpret_cast<vector_t*>(y + row * width + column) = out;
-  }
-}
-
-template <typename scalar_t, int kVector>
-__global__ void __launch_bounds__(kWarp* kRowsPerBlock)
-    swiglu_backward_kernel(const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x,
-                           scalar_t* __restrict__ dx, int64_t rows, int64_t width) {
-  using math_t = at::opmath_type<scalar_t>;
-  using vector_t = Vector<scalar_t, kVector>;
-  const int64_t column = (int64_t(blockIdx.x) * kWarp + threadIdx.x) * kVector;
-  if (column >= width) {
-    return;
-  }
-  const int64_t stride = int64_t(gridDim.y) * kRowsPerBlock;
-  for (int64_t row = int64_t(blockIdx.y) * kRowsPerBlock + threadIdx.y; row < rows; row += stride) {
-    const int64_t at = row * 2 * width + column;
-    const vector_t gate = *reinterpret_cast<const vector_t*>(x + at);
-    const vector_t up = *reinterpret_cast<const vector_t*>(x + at + width);
-    const vector_t grad = *reinterpret_cast<const vector_t*>(dy + row * width + column);
-    vector_t grad_gate;
-    vector_t grad_up;
-#pragma unroll
-    for (int k = 0; k < kVector; ++k) {
-      const auto d = swiglu_gradient(static_cast<math_t>(grad.at[k]),
-                                     static_cast<math_t>(gate.at[k]),
-                                     static_cast<math_t>(up.at[k]));
-      grad_gate.at[k] = static_cast<scalar_t>(d.gate);
-      grad_up.at[k] = static_cast<scalar_t>(d.up);
-    }
-    *reinterpret_cast<vector_t*>(dx + at) = grad_gate;
-    *reinterpret_cast<vector_t*>(dx + at + width) = grad_up;
-  }
-}
-
 dim3 grid_of(int64_t rows, int64_t width, int vector) {
   const int64_t x = (width / vector + kWarp - 1) / kWarp;
-  const int64_t y = (rows + kRowsPerBlock - 1) / kRowsPerBlock;
+  const int64_t y = (rows + kSwigluRows - 1) / kSwigluRows;
   const int64_t wanted = std::max<int64_t>(kBlocks / x, 1);
   return dim3(static_cast<unsigned>(x), static_cast<unsigned>(std::min({y, wanted, kMaxGridY})));
 }
@@ -103,7 +39,7 @@ at::Tensor swiglu_cuda(const at::Tensor& gate_up) {
   }
   const int64_t rows = out.numel() / width;
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  const dim3 block(kWarp, kRowsPerBlock);
+  const dim3 block(kWarp, kSwigluRows);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, in.scalar_type(), "swiglu_cuda", [&] {
     constexpr int kVector = kVectorBytes / sizeof(scalar_t);
     const scalar_t* const x = in.const_data_ptr<scalar_t>();
@@ -130,7 +66,7 @@ at::Tensor swiglu_backward_cuda(const at::Tensor& grad_out, const at::Tensor& ga
   }
   const int64_t rows = grad.numel() / width;
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  const dim3 block(kWarp, kRowsPerBlock);
+  const dim3 block(kWarp, kSwigluRows);
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, in.scalar_type(), "swiglu_backward_cuda", [&] {
         constexpr int kVector = kVectorBytes / sizeof(scalar_t);

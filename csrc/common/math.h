@@ -13,6 +13,18 @@
 
 namespace mlr1 {
 
+// Type of the arithmetic on numbers that are stored as T: double for fp64, float for the others.
+template <typename T>
+struct Wide {
+  using type = float;
+};
+template <>
+struct Wide<double> {
+  using type = double;
+};
+template <typename T>
+using wide_t = typename Wide<T>::type;
+
 MLR1_HOST_DEVICE inline double exponential(double x) { return std::exp(x); }
 
 // On the host without a call or a branch, so that compilers turn loops over it into vector code:
@@ -37,6 +49,36 @@ MLR1_HOST_DEVICE inline float exponential(float x) {
   float power;
   std::memcpy(&power, &bits, sizeof(power));
   return p * power;
+#endif
+}
+
+MLR1_HOST_DEVICE inline double exponential_of_any(double x) { return std::exp(x); }
+
+// e^x for every x: 0 where it is less than 2^-125, inf above 88, not a number where x is none. On
+// the device by the one instruction for 2^y, so that a kernel stays bound by memory: there the error
+// is at most 2^-22 + |x| 2^-24 of e^x.
+MLR1_HOST_DEVICE inline float exponential_of_any(float x) {
+#if defined(__CUDA_ARCH__)
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * 1.44269504f));
+  return power;
+#else
+  constexpr float kLeast = -87.0f;
+  constexpr float kMost = 89.0f;  // n is 128 there, and 2^n the bits of inf
+  float bounded = x < kLeast ? kLeast : x;
+  bounded = bounded > kMost ? kMost : bounded;
+  const float power = exponential(bounded);
+  return x < kLeast ? 0.0f : power;
+#endif
+}
+
+// The larger one; the first where the second is not a number.
+template <typename T>
+MLR1_HOST_DEVICE inline T larger(T a, T b) {
+#if defined(__CUDA_ARCH__)
+  return fmax(a, b);
+#else
+  return a < b ? b : a;
 #endif
 }
 

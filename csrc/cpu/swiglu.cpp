@@ -2,7 +2,6 @@
 #include "swiglu.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -20,7 +19,7 @@ namespace mlr1 {
 #define MLR1_SWIGLU_ROW(scalar_t)                                                                 \
   MLR1_EVERY_X86 void swiglu_row(const scalar_t* __restrict gate, const scalar_t* __restrict up,  \
                                  scalar_t* __restrict out, int64_t count) {                       \
-    using math_t = at::opmath_type<scalar_t>;                                                     \
+    using math_t = wide_t<scalar_t>;                                                              \
     for (int64_t k = 0; k < count; ++k) {                                                         \
       out[k] = static_cast<scalar_t>(swiglu<math_t>(gate[k], up[k]));                             \
     }                                                                                             \
@@ -29,7 +28,7 @@ namespace mlr1 {
       const scalar_t* __restrict grad_out, const scalar_t* __restrict gate,                       \
       const scalar_t* __restrict up, scalar_t* __restrict grad_gate,                              \
       scalar_t* __restrict grad_up, int64_t count) {                                              \
-    using math_t = at::opmath_type<scalar_t>;                                                     \
+    using math_t = wide_t<scalar_t>;                                                              \
     for (int64_t k = 0; k < count; ++k) {                                                         \
       const auto d = swiglu_gradient<math_t>(grad_out[k], gate[k], up[k]);                        \
       grad_gate[k] = static_cast<scalar_t>(d.gate);                                               \

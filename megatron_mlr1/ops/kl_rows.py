@@ -2,15 +2,16 @@ r"""Row arithmetic of `linear_kl`: what one chunk of logits of student and teach
 
 Three ops, which compiled rows may replace: `mlr1::kl_partials` and, for the JSD alone,
 `mlr1::jsd_partials` read both rows of logits; `mlr1::kl_gradient_` reads both and overwrites the
-student's. The formulas and their names stand in `linear_kl`.
+student's. The formulas and their names stand in `linear_kl`; for types see `cross_entropy_rows`.
+Logits of student and teacher have one type.
 """
 
 import torch
 from torch import Tensor
 
 import megatron_mlr1.ops.extension  # noqa: F401  registers the compiled rows
-from megatron_mlr1.ops.cross_entropy_rows import add_at_, logit_at, top_of
-from megatron_mlr1.ops.head_chunks import row_blocks
+from megatron_mlr1.ops.cross_entropy_rows import add_at_, logit_at, statistics, top_of, widened
+from megatron_mlr1.ops.head_chunks import row_blocks, rows_in
 
 HEAD_PROBABILITY = 2.0**-10
 """Ids to which the teacher gives at least this much are the head of its distribution, the others
@@ -19,26 +20,11 @@ its tail. A bound and not a rank: it needs no sorting, and shards can tell witho
 PARTIALS = 12
 
 
-@torch.library.custom_op("mlr1::kl_partials", mutates_args=())
-def kl_partials(
+def kl_partials_reference(
     student_CV: Tensor, teacher_CV: Tensor, label_C: Tensor, temperature: float, reverse: bool
 ) -> Tensor:
-    """Summarise the rows of one shard, fp32 or fp64.
-
-    Args:
-        student_CV: z.
-        teacher_CV: t.
-        label_C: column of the label, int64; -1 where another shard has it, which counts as zero.
-        temperature: T.
-        reverse: whether the cross sum is the reverse divergence's.
-
-    Returns:
-        [12, C]: max z, max t; sum e^(z - max z), sum e^((z - max z) / T), the same two of t;
-        sum e^((t - max t) / T) (t - z) / T (zero if reverse);
-        sum e^((z - max z) / T) (z - t) / T (zero if not); sum e^(t - max t) (t - max t);
-        z and t at the label; z at the first of the largest t.
-    """
-    out = student_CV.new_zeros(PARTIALS, student_CV.size(0))
+    """Define `kl_partials`."""
+    out = statistics(student_CV, PARTIALS)
     out[0], out[1] = top_of(student_CV), top_of(teacher_CV)
     out[9], out[10] = logit_at(student_CV, label_C), logit_at(teacher_CV, label_C)
     if not student_CV.size(1):
@@ -46,9 +32,10 @@ def kl_partials(
         return out
     out[11] = logit_at(student_CV, teacher_CV.argmax(1))
     for rows in row_blocks(student_CV):
-        apart = teacher_CV[rows] - student_CV[rows]
-        student = student_CV[rows] - out[0, rows, None]
-        teacher = teacher_CV[rows] - out[1, rows, None]
+        student, teacher = widened(student_CV[rows]), widened(teacher_CV[rows])
+        apart = teacher - student
+        student = student - out[0, rows, None]
+        teacher = teacher - out[1, rows, None]
         p = teacher.exp()
         out[4, rows] = p.sum(1)
         out[8, rows] = teacher.mul(p).sum(1)
@@ -64,11 +51,33 @@ def kl_partials(
     return out
 
 
+@torch.library.custom_op("mlr1::kl_partials", mutates_args=())
+def kl_partials(
+    student_CV: Tensor, teacher_CV: Tensor, label_C: Tensor, temperature: float, reverse: bool
+) -> Tensor:
+    """Summarise the rows of one shard.
+
+    Args:
+        student_CV: z.
+        teacher_CV: t.
+        label_C: column of the label, int64; -1 where another shard has it, which counts as zero.
+        temperature: T.
+        reverse: whether the cross sum is the reverse divergence's.
+
+    Returns:
+        [12, C]: max z, max t; sum e^(z - max z), sum e^((z - max z) / T), the same two of t;
+        sum e^((t - max t) / T) (t - z) / T (zero if reverse);
+        sum e^((z - max z) / T) (z - t) / T (zero if not); sum e^(t - max t) (t - max t);
+        z and t at the label; z at the first of the largest t.
+    """
+    return kl_partials_reference(student_CV, teacher_CV, label_C, temperature, reverse)
+
+
 @kl_partials.register_fake
 def _(
     student_CV: Tensor, teacher_CV: Tensor, label_C: Tensor, temperature: float, reverse: bool
 ) -> Tensor:
-    return student_CV.new_empty(PARTIALS, student_CV.size(0))
+    return statistics(student_CV, PARTIALS)
 
 
 def _below_mixture(gap_BV: Tensor, beta: float) -> tuple[Tensor, Tensor]:
@@ -76,6 +85,26 @@ def _below_mixture(gap_BV: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     teacher, student = torch.tensor([beta, 1 - beta], dtype=torch.float64).log().tolist()
     log_p = torch.logaddexp(gap_BV + student, gap_BV.new_tensor(teacher)).neg_()
     return log_p, log_p + gap_BV
+
+
+def jsd_partials_reference(
+    student_CV: Tensor,
+    teacher_CV: Tensor,
+    between_C: Tensor,
+    lse_C: Tensor,
+    temperature: float,
+    beta: float,
+) -> Tensor:
+    """Define `jsd_partials`."""
+    out_2C = statistics(student_CV, 2)
+    for rows in row_blocks(student_CV):
+        student = widened(student_CV[rows])
+        gap = (student - widened(teacher_CV[rows])).div_(temperature).sub_(between_C[rows, None])
+        log_p, log_q = _below_mixture(gap, beta)
+        q = student.div(temperature).sub_(lse_C[rows, None])
+        out_2C[0, rows] = log_p.mul_((q - gap).exp_()).sum(1)
+        out_2C[1, rows] = log_q.mul_(q.exp_()).sum(1)
+    return out_2C
 
 
 @torch.library.custom_op("mlr1::jsd_partials", mutates_args=())
@@ -97,14 +126,7 @@ def jsd_partials(
         temperature: T.
         beta: share of the teacher.
     """
-    out_2C = student_CV.new_zeros(2, student_CV.size(0))
-    for rows in row_blocks(student_CV):
-        gap = (student_CV[rows] - teacher_CV[rows]).div_(temperature).sub_(between_C[rows, None])
-        log_p, log_q = _below_mixture(gap, beta)
-        q = student_CV[rows].div(temperature).sub_(lse_C[rows, None])
-        out_2C[0, rows] = log_p.mul_((q - gap).exp_()).sum(1)
-        out_2C[1, rows] = log_q.mul_(q.exp_()).sum(1)
-    return out_2C
+    return jsd_partials_reference(student_CV, teacher_CV, between_C, lse_C, temperature, beta)
 
 
 @jsd_partials.register_fake
@@ -116,11 +138,10 @@ def _(
     temperature: float,
     beta: float,
 ) -> Tensor:
-    return student_CV.new_empty(2, student_CV.size(0))
+    return statistics(student_CV, 2)
 
 
-@torch.library.custom_op("mlr1::kl_gradient_", mutates_args=("student_CV",))
-def kl_gradient_(
+def kl_gradient_reference(  # noqa: PLR0913  as the schema of the op has them
     student_CV: Tensor,
     teacher_CV: Tensor,
     label_C: Tensor,
@@ -129,6 +150,43 @@ def kl_gradient_(
     temperature: float,
     direction: str,
     beta: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Define `kl_gradient_`."""
+    out_3C = statistics(student_CV, 3)
+    for rows in row_blocks(student_CV):
+        lse, lse_hot, teacher_lse_hot, centre = rows_4C[:, rows, None]
+        pull, _, kd = weights_3C[:, rows, None]
+        student, teacher = widened(student_CV[rows]), widened(teacher_CV[rows])
+        log_q = (student / temperature).sub_(lse_hot)
+        log_p = (teacher / temperature).sub_(teacher_lse_hot)
+        p = log_p.exp()
+        q = (student - lse).exp_()
+        q_hot = q if temperature == 1 else log_q.exp()
+        gap = log_q.sub_(log_p)
+        follow = _follow(p, q_hot, gap, centre, direction, beta)
+        gradient = q.mul(pull).add_(follow.mul_(kd))
+        add_at_(gradient, label_C[rows], -weights_3C[1, rows])
+        rows_in(student_CV, dtype)[rows] = gradient
+        is_head = p >= HEAD_PROBABILITY
+        out_3C[2, rows] = p.mul(is_head).sum(1)
+        terms = gap.mul_(p).neg_()
+        out_3C[0, rows] = terms.mul(is_head).sum(1)
+        out_3C[1, rows] = terms.masked_fill_(is_head, 0).sum(1)
+    return out_3C
+
+
+@torch.library.custom_op("mlr1::kl_gradient_", mutates_args=("student_CV",))
+def kl_gradient_(  # noqa: PLR0913  as the schema of the op has them
+    student_CV: Tensor,
+    teacher_CV: Tensor,
+    label_C: Tensor,
+    rows_4C: Tensor,
+    weights_3C: Tensor,
+    temperature: float,
+    direction: str,
+    beta: float,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Overwrite z by pull * q - weight * e_label + kd * g, and split the forward KL.
 
@@ -142,29 +200,14 @@ def kl_gradient_(
         temperature: T.
         direction: of `Objective`.
         beta: of `Objective`.
+        dtype: of the gradient.
 
     Returns:
         [3, C] over this shard: KL(p' || q') of the head, of the tail; probability of the head.
     """
-    out_3C = student_CV.new_zeros(3, student_CV.size(0))
-    for rows in row_blocks(student_CV):
-        lse, lse_hot, teacher_lse_hot, centre = rows_4C[:, rows, None]
-        pull, _, kd = weights_3C[:, rows, None]
-        log_q = (student_CV[rows] / temperature).sub_(lse_hot)
-        log_p = (teacher_CV[rows] / temperature).sub_(teacher_lse_hot)
-        p = log_p.exp()
-        q = student_CV[rows].sub_(lse).exp_()
-        q_hot = q if temperature == 1 else log_q.exp()
-        gap = log_q.sub_(log_p)
-        follow = _follow(p, q_hot, gap, centre, direction, beta)
-        q.mul_(pull).add_(follow.mul_(kd))
-        is_head = p >= HEAD_PROBABILITY
-        out_3C[2, rows] = p.mul(is_head).sum(1)
-        terms = gap.mul_(p).neg_()
-        out_3C[0, rows] = terms.mul(is_head).sum(1)
-        out_3C[1, rows] = terms.masked_fill_(is_head, 0).sum(1)
-    add_at_(student_CV, label_C, -weights_3C[1])
-    return out_3C
+    return kl_gradient_reference(
+        student_CV, teacher_CV, label_C, rows_4C, weights_3C, temperature, direction, beta, dtype
+    )
 
 
 def _follow(
@@ -179,7 +222,7 @@ def _follow(
 
 
 @kl_gradient_.register_fake
-def _(
+def _(  # noqa: PLR0913  as the schema of the op has them
     student_CV: Tensor,
     teacher_CV: Tensor,
     label_C: Tensor,
@@ -188,5 +231,6 @@ def _(
     temperature: float,
     direction: str,
     beta: float,
+    dtype: torch.dtype,
 ) -> Tensor:
-    return student_CV.new_empty(3, student_CV.size(0))
+    return statistics(student_CV, 3)

@@ -6,8 +6,9 @@ With z = hidden @ weight^T, lse = log sum_v e^(z_v), q = e^(z - lse) and the lab
     d / d z       = weight of the token * [ q * (1 + 2 * zeta * lse) - e_y ]
 
 (z-loss: Chowdhery et al. 2022, "PaLM", arXiv:2204.02311, section 5.) `cross_entropy_rows` has the
-row arithmetic, `head_chunks` the loop. A vocabulary that is split over devices needs two exchanges
-a chunk: the largest logit of each token, then the sum of exponentials and the label's logit.
+row arithmetic, `head_chunks` the loop. A whole vocabulary takes one pass over the logits. One that
+is split over devices takes two, with two exchanges a chunk between them: the largest logit of each
+token, then the sum of exponentials and the label's logit.
 """
 
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_mlr1.ops.cross_entropy_rows import (
+    cross_entropy_,
     cross_entropy_gradient_,
     cross_entropy_partials,
 )
@@ -41,7 +43,7 @@ class CrossEntropy:
     """Sum over tokens of weight * (cross-entropy + z-loss)."""
 
     gradients: HeadGradients
-    """Of `total`."""
+    """Of `total`, times `Wanted.factor`."""
 
 
 def linear_cross_entropy(
@@ -64,21 +66,25 @@ def linear_cross_entropy(
         weights_N: weight of each token in the sum, fp32 (fp64 for fp64).
         shard: the ids that `weight_VD` has; None means all of its rows are the whole vocabulary.
         chunks: which tokens take part, and how many at a time.
-        wanted: which gradients to make.
+        wanted: which gradients to make, and where they go.
         z_loss: zeta above.
     """
     shard = shard or Shard(first_id=0, num_ids=weight_VD.size(0))
     losses_N = torch.zeros_like(weights_N)
     totals_N = torch.zeros_like(weights_N)
 
-    def gradient_in_place(logits_CV: Tensor, place: Tensor | slice) -> None:
+    def gradient_in_place(logits_CV: Tensor, place: Tensor | slice, dtype: torch.dtype) -> None:
         label_C, weight_C = shard.local(labels_N[place]), weights_N[place]
-        lse_C, target_C = merged(cross_entropy_partials(logits_CV, label_C), shard)
+        each_C = wanted.weighted(weight_C)
+        if wanted.any and shard.is_whole:
+            lse_C, target_C = cross_entropy_(logits_CV, label_C, each_C, z_loss, dtype)
+        else:
+            lse_C, target_C = merged(cross_entropy_partials(logits_CV, label_C), shard)
+        if wanted.any and not shard.is_whole:
+            pull_C = each_C * (1 + 2 * z_loss * lse_C)
+            cross_entropy_gradient_(logits_CV, label_C, lse_C, pull_C, each_C, dtype)
         losses_N[place] = lse_C - target_C
         totals_N[place] = weight_C * (lse_C - target_C + z_loss * lse_C.square())
-        if wanted.hidden or wanted.weight:
-            pull_C = weight_C * (1 + 2 * z_loss * lse_C)
-            cross_entropy_gradient_(logits_CV, label_C, lse_C, pull_C, weight_C)
 
     gradients = run_chunks(hidden_ND, weight_VD, shard, chunks, wanted, gradient_in_place)
     return CrossEntropy(losses=losses_N, total=totals_N.sum(), gradients=gradients)

@@ -20,7 +20,7 @@ cancels where the student is close.
 and ten sums a token and chunk, and for the JSD two sums more.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -37,7 +37,7 @@ from megatron_mlr1.ops.head_chunks import (
     run_chunks,
 )
 from megatron_mlr1.ops.kl_rows import jsd_partials, kl_gradient_, kl_partials
-from megatron_mlr1.ops.wide_matmul import logits_into, wide_dtype
+from megatron_mlr1.ops.wide_matmul import logits_into
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,7 +96,7 @@ class Distillation:
     """Sum over tokens of the loss above."""
 
     gradients: HeadGradients
-    """Of `total`, for the student's hidden states and head."""
+    """Of `total`, times `Wanted.factor`, for the student's hidden states and head."""
 
     teacher_entropy: Tensor
     """At temperature 1, in nats."""
@@ -138,28 +138,28 @@ def linear_kl(
         objective: divergence, temperature, z-loss.
         shard: the ids of both weights; None means the student's rows are the whole vocabulary.
         chunks: which tokens take part, and how many at a time.
-        wanted: which gradients to make.
+        wanted: which gradients to make, and where they go.
     """
     shard = shard or Shard(first_id=0, num_ids=student.weight.size(0))
-    dtype, device = wide_dtype(student.weight.dtype), student.hidden.device
+    dtype, device = chunks.logits_dtype(student.weight), student.hidden.device
     # Two rows of logits a token, so half the tokens.
     size = chunks.size or chunk_size(2 * shard.num_ids, device, dtype)
     size = min(size, max(student.hidden.size(0), 1))
     teacher_CV = torch.empty(size, shard.num_ids, dtype=dtype, device=device)
     out = {name: torch.zeros_like(weights.cross_entropy) for name in (*COLUMNS, "total")}
 
-    def gradient_in_place(student_CV: Tensor, place: Tensor | slice) -> None:
+    def gradient_in_place(student_CV: Tensor, place: Tensor | slice, dtype: torch.dtype) -> None:
         teacher_cv = teacher_CV[: student_CV.size(0)]
         teacher.logits_into(teacher_cv, place)
         rows = TokenWeights(
             cross_entropy=weights.cross_entropy[place], divergence=weights.divergence[place]
         )
         label_C = shard.local(labels_N[place])
-        columns = _one_chunk(student_CV, teacher_cv, label_C, rows, objective, shard)
+        columns = _one_chunk(student_CV, teacher_cv, label_C, rows, objective, shard, wanted, dtype)
         for name, column_C in columns.items():
             out[name][place] = column_C
 
-    chunks = Chunks(rows=chunks.rows, size=size)
+    chunks = replace(chunks, size=size)
     gradients = run_chunks(student.hidden, student.weight, shard, chunks, wanted, gradient_in_place)
     parts_3N = torch.stack([out.pop(name) for name in ("kl_head", "kl_tail", "head_mass")])
     shard.sum_across(parts_3N)
@@ -192,6 +192,8 @@ def _one_chunk(
     weights: TokenWeights,
     objective: Objective,
     shard: Shard,
+    wanted: Wanted,
+    dtype: torch.dtype,
 ) -> dict[str, Tensor]:
     """Overwrite the student's logits by the loss's gradient; give the chunk's numbers by name."""
     temperature, direction = objective.temperature, objective.direction
@@ -214,16 +216,19 @@ def _one_chunk(
         teacher_CV,
         label_C,
         torch.stack((lse_C, lse_hot_C, teacher_lse_hot_C, centre_C)),
-        torch.stack(
-            (
-                weights.cross_entropy * (1 + 2 * z_loss * lse_C),
-                weights.cross_entropy,
-                weights.divergence * temperature,
+        wanted.weighted(
+            torch.stack(
+                (
+                    weights.cross_entropy * (1 + 2 * z_loss * lse_C),
+                    weights.cross_entropy,
+                    weights.divergence * temperature,
+                )
             )
         ),
         temperature,
         direction,
         objective.beta,
+        dtype,
     )
     penalised_C = cross_entropy_C + z_loss * lse_C.square()
     total_C = weights.cross_entropy * penalised_C

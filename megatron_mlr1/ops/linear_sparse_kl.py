@@ -44,7 +44,7 @@ class SparseDistillation:
     """Sum over tokens of the loss."""
 
     gradients: HeadGradients
-    """Of `total`."""
+    """Of `total`, times `Wanted.factor`."""
 
 
 def linear_sparse_kl(
@@ -68,7 +68,7 @@ def linear_sparse_kl(
         z_loss: zeta of `linear_cross_entropy`.
         shard: the ids of the head; None means its rows are the whole vocabulary.
         chunks: which tokens take part, and how many at a time.
-        wanted: which gradients to make.
+        wanted: which gradients to make, and where they go.
     """
     shard = shard or Shard(first_id=0, num_ids=student.weight.size(0))
     temperature, bucket = targets.form.temperature, targets.form.tail_is_bucket
@@ -76,7 +76,7 @@ def linear_sparse_kl(
     divergence_N = torch.zeros_like(cross_entropy_N)
     totals_N = torch.zeros_like(cross_entropy_N)
 
-    def gradient_in_place(logits_CV: Tensor, place: Tensor | slice) -> None:
+    def gradient_in_place(logits_CV: Tensor, place: Tensor | slice, dtype: torch.dtype) -> None:
         label_C, column_CK = shard.local(labels_N[place]), shard.local(targets.ids[place])
         given_CK, tail_C = targets.weights[place], targets.tail[place]
         partials = sparse_kl_partials(logits_CV, label_C, column_CK, given_CK, temperature, bucket)
@@ -94,16 +94,19 @@ def linear_sparse_kl(
         divergence_N[place] = divergence_C
         penalised_C = lse_C - label_z_C + z_loss * lse_C.square()
         totals_N[place] = ce_C * penalised_C + kd_C * temperature**2 * divergence_C
-        if wanted.hidden or wanted.weight:
+        if wanted.any:
             sparse_kl_gradient_(
                 logits_CV,
                 label_C,
                 column_CK,
                 given_CK,
                 torch.stack((lse_C, lse_hot_C, outside_C)),
-                torch.stack((ce_C * (1 + 2 * z_loss * lse_C), ce_C, kd_C * temperature)),
+                wanted.weighted(
+                    torch.stack((ce_C * (1 + 2 * z_loss * lse_C), ce_C, kd_C * temperature))
+                ),
                 temperature,
                 bucket,
+                dtype,
             )
 
     gradients = run_chunks(student.hidden, student.weight, shard, chunks, wanted, gradient_in_place)

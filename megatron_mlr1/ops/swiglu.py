@@ -17,14 +17,19 @@ from torch.nn import functional
 
 import megatron_mlr1.ops.extension  # noqa: F401  registers the compiled rows
 
+Kernel = Literal["reference", "mlr1", "liger"]
+"""Implementations, see `swiglu`."""
 
-def swiglu(gate_up: Tensor, *, kernel: Literal["reference", "mlr1"]) -> Tensor:
+
+def swiglu(gate_up: Tensor, *, kernel: Kernel) -> Tensor:
     """Compute silu(gate) * up.
 
     Args:
         gate_up: [..., 2F], laid out [gate | up], on any device.
         kernel: "reference" is plain torch with torch's own gradient; "mlr1" is the op, whose
-            compiled row serves the device where there is one and whose definition serves it else.
+            compiled row serves the device where there is one and whose definition serves it else;
+            "liger" is Liger-Kernel's function, which needs CUDA, copies gate and up apart, and
+            takes the gradient in those copies, once.
 
     Returns:
         [..., F] in the type of `gate_up`.
@@ -32,6 +37,8 @@ def swiglu(gate_up: Tensor, *, kernel: Literal["reference", "mlr1"]) -> Tensor:
     assert gate_up.shape[-1] % 2 == 0, f"[gate | up] has an odd width: {tuple(gate_up.shape)}"
     if kernel == "reference":
         return swiglu_reference(gate_up)
+    if kernel == "liger":
+        return _liger(gate_up)
     out: Tensor = _swiglu(gate_up)
     return out
 
@@ -50,6 +57,13 @@ def swiglu_backward_reference(grad_out: Tensor, gate_up: Tensor) -> Tensor:
     s = gate.sigmoid()
     grad_gate = grad * up * s * (1 + gate * (1 - s))
     return torch.cat((grad_gate, grad * gate * s), dim=-1).to(gate_up.dtype)
+
+
+def _liger(gate_up: Tensor) -> Tensor:
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    out: Tensor = LigerSiLUMulFunction.apply(*gate_up.chunk(2, dim=-1))
+    return out
 
 
 def _math_dtype(tensor: Tensor) -> torch.dtype:

@@ -19,43 +19,70 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def gradient_dtype(logits_dtype: torch.dtype, hidden: Tensor) -> torch.dtype:
+    """Name the type in which a gradient of logits enters both products of the backward.
+
+    On CUDA it is that of the hidden states, so that tensor cores multiply; on a CPU it is that of
+    the logits, so that nothing more is rounded.
+    """
+    return hidden.dtype if _multiplies_narrow(hidden) else logits_dtype
+
+
 def logits_into(out_CV: Tensor, hidden_CD: Tensor, weight_VD: Tensor) -> None:
-    """Write hidden @ weight^T.
+    """Write hidden @ weight^T, rounded at the end alone.
 
     Args:
-        out_CV: where to, in the wide type.
+        out_CV: where to, in the wide type or a narrower one.
         hidden_CD: rows of hidden states, in the type of `weight_VD`.
         weight_VD: the head.
     """
     if _multiplies_narrow(weight_VD):
-        torch.ops.aten.mm.dtype_out(hidden_CD, weight_VD.t(), out_CV.dtype, out=out_CV)
+        if out_CV.dtype == weight_VD.dtype:
+            torch.mm(hidden_CD, weight_VD.t(), out=out_CV)
+        else:
+            torch.ops.aten.mm.dtype_out(hidden_CD, weight_VD.t(), out_CV.dtype, out=out_CV)
         return
-    hidden = hidden_CD.to(out_CV.dtype)
-    for begin, block_BD in _blocks(weight_VD, out_CV.dtype):
-        torch.mm(hidden, block_BD.t(), out=out_CV[:, begin : begin + block_BD.size(0)])
+    wide = wide_dtype(weight_VD.dtype)
+    hidden = hidden_CD.to(wide)
+    for begin, block_BD in _blocks(weight_VD, wide):
+        part_CB = out_CV[:, begin : begin + block_BD.size(0)]
+        if out_CV.dtype == wide:
+            torch.mm(hidden, block_BD.t(), out=part_CB)
+        else:
+            part_CB.copy_(hidden @ block_BD.t())
 
 
-def back_to_hidden(grad_CV: Tensor, weight_VD: Tensor) -> Tensor:
-    """Give gradient @ weight in the wide type: the gradient of the hidden states, [C, D]."""
+def back_to_hidden(grad_CV: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
+    """Give gradient @ weight, the gradient of the hidden states, [C, D].
+
+    Args:
+        grad_CV: in `gradient_dtype`; rows may lie apart.
+        weight_VD: the head.
+        dtype: of the result: the wide one, or the weight's.
+    """
     if _multiplies_narrow(weight_VD):
-        return torch.mm(grad_CV.to(weight_VD.dtype), weight_VD, out_dtype=grad_CV.dtype)
-    out_CD = grad_CV.new_zeros(grad_CV.size(0), weight_VD.size(1))
-    for begin, block_BD in _blocks(weight_VD, grad_CV.dtype):
-        out_CD.addmm_(grad_CV[:, begin : begin + block_BD.size(0)], block_BD)
-    return out_CD
+        if dtype == weight_VD.dtype:
+            return torch.mm(grad_CV, weight_VD)
+        return torch.mm(grad_CV, weight_VD, out_dtype=dtype)
+    wide = wide_dtype(weight_VD.dtype)
+    out_CD = grad_CV.new_zeros(grad_CV.size(0), weight_VD.size(1), dtype=wide)
+    for begin, block_BD in _blocks(weight_VD, wide):
+        out_CD.addmm_(grad_CV[:, begin : begin + block_BD.size(0)].to(wide), block_BD)
+    return out_CD.to(dtype)
 
 
 def add_to_weight(sum_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor) -> None:
     """Add gradient^T @ hidden, the gradient of the head, to `sum_VD` (wide type).
 
-    On CUDA the gradient of the logits is rounded to the type of the hidden states, so that tensor
-    cores multiply; on a CPU nothing is rounded.
+    Args:
+        sum_VD: where to.
+        grad_CV: in `gradient_dtype`; rows may lie apart.
+        hidden_CD: hidden states.
     """
     if _multiplies_narrow(hidden_CD):
-        narrow = grad_CV.to(hidden_CD.dtype).t()
-        torch.ops.aten.addmm.dtype_out(sum_VD, narrow, hidden_CD, sum_VD.dtype, out=sum_VD)
+        torch.ops.aten.addmm.dtype_out(sum_VD, grad_CV.t(), hidden_CD, sum_VD.dtype, out=sum_VD)
     else:
-        sum_VD.addmm_(grad_CV.t(), hidden_CD.to(sum_VD.dtype))
+        sum_VD.addmm_(grad_CV.to(sum_VD.dtype).t(), hidden_CD.to(sum_VD.dtype))
 
 
 def _multiplies_narrow(tensor: Tensor) -> bool:

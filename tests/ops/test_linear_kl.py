@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 
-from megatron_mlr1.ops.head_chunks import Chunks, Shard
+from megatron_mlr1.ops.head_chunks import BOTH_GRADIENTS, Chunks, Shard, Wanted, rows_in
 from megatron_mlr1.ops.kl_rows import HEAD_PROBABILITY, jsd_partials, kl_gradient_, kl_partials
 from megatron_mlr1.ops.linear_cross_entropy import linear_cross_entropy
 from megatron_mlr1.ops.linear_kl import Head, Objective, TokenWeights, linear_kl
@@ -17,7 +17,7 @@ FORWARD = Objective()
 DIRECTIONS = ("forward", "reverse", "jsd")
 
 
-def run(inputs, objective=FORWARD, size=7, rows=None):
+def run(inputs, objective=FORWARD, size=7, *, wanted=BOTH_GRADIENTS, **chunks):
     weights = TokenWeights(cross_entropy=inputs.ce_weight, divergence=inputs.kd_weight)
     return linear_kl(
         Head(hidden=inputs.hidden, weight=inputs.weight),
@@ -26,7 +26,8 @@ def run(inputs, objective=FORWARD, size=7, rows=None):
         weights,
         objective=objective,
         shard=Shard(first_id=0, num_ids=inputs.num_ids),
-        chunks=Chunks(size=size, rows=rows),
+        chunks=Chunks(size=size, **chunks),
+        wanted=wanted,
     )
 
 
@@ -114,7 +115,7 @@ def test_a_batch_in_which_nothing_counts_is_zero():
     assert all(not value.any() for value in outputs(result))
 
 
-def test_without_a_share_of_the_teacher_it_is_the_cross_entropy_bit_by_bit():
+def test_without_a_share_of_the_teacher_it_is_the_cross_entropy():
     inputs = weighted(case(), 0.0)
     alone = linear_cross_entropy(
         inputs.hidden,
@@ -124,8 +125,36 @@ def test_without_a_share_of_the_teacher_it_is_the_cross_entropy_bit_by_bit():
         shard=Shard(first_id=0, num_ids=inputs.num_ids),
         chunks=Chunks(size=7),
     )
+    # Two ops: their compiled rows sum in orders of their own.
     for got, want in zip(outputs(run(inputs)), outputs(alone), strict=True):
-        assert torch.equal(got, want)
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_gradients_times_a_factor_join_what_is_there(direction):
+    inputs = case()
+    into = torch.ones_like(inputs.weight)
+    wanted = Wanted(factor=torch.tensor(3.0, dtype=torch.float64), into=into)
+    objective = Objective(direction=direction, temperature=2.0, z_loss=0.1)
+    result = run(inputs, objective, wanted=wanted)
+    plain = run(inputs, objective)
+    assert result.gradients.weight is into
+    expected = plain.total, 3 * plain.gradients.hidden, 1 + 3 * plain.gradients.weight
+    for got, want in zip(outputs(result), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_bf16_logits_cost_their_rounding_alone(direction):
+    inputs = case(tokens=30, ids=301)
+    names = ("hidden", "weight", "teacher_hidden", "teacher_weight")
+    narrow = replace(inputs, **{name: getattr(inputs, name).bfloat16() for name in names})
+    narrow = replace(narrow, ce_weight=inputs.ce_weight.float(), kd_weight=inputs.kd_weight.float())
+    objective = Objective(direction=direction)
+    exact, rounded = (run(narrow, objective, logits=to) for to in (None, torch.bfloat16))
+    for got, want in zip(outputs(rounded), outputs(exact), strict=True):
+        assert not torch.equal(got, want)
+        assert (got.float() - want).norm() < 0.02 * want.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -177,8 +206,37 @@ def test_its_rows_are_ops_that_torch_can_trace(device):
     args = (z, t, rows[1] - rows[2], rows[1], 2.0, 0.3)
     torch.library.opcheck(torch.ops.mlr1.jsd_partials.default, args)
     for direction in DIRECTIONS:
-        args = (z, t, label, rows, weights, 2.0, direction, 0.3)
+        args = (z, t, label, rows, weights, 2.0, direction, 0.3, z.dtype)
         torch.library.opcheck(torch.ops.mlr1.kl_gradient_.default, args)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_narrow_gradient_is_the_wide_one_rounded_once(direction):
+    z, t, label, rows, weights = rows_and_weights("cpu")
+    wide, narrow = z.clone(), z.clone()
+    args = (t, label, rows, weights, 2.0, direction, 0.3)
+    parts = [
+        kl_gradient_(out, *args, to) for out, to in ((wide, z.dtype), (narrow, torch.bfloat16))
+    ]
+    assert torch.equal(*parts)
+    assert torch.equal(rows_in(narrow, torch.bfloat16), wide.bfloat16())
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_narrow_logits_are_reckoned_with_in_fp32(direction):
+    z, t, label, rows, weights = rows_and_weights("cpu")
+    z, t = z.bfloat16(), t.bfloat16()
+    wide, teacher = z.float(), t.float()
+    for reverse in (False, True):
+        narrow_rows = kl_partials(z, t, label, 2.0, reverse)
+        assert torch.equal(narrow_rows, kl_partials(wide, teacher, label, 2.0, reverse))
+    between = rows[1] - rows[2]
+    narrow_rows = jsd_partials(z, t, between, rows[1], 2.0, 0.3)
+    assert torch.equal(narrow_rows, jsd_partials(wide, teacher, between, rows[1], 2.0, 0.3))
+    args = (label, rows, weights, 2.0, direction, 0.3)
+    parts = kl_gradient_(z, t, *args, z.dtype), kl_gradient_(wide, teacher, *args, wide.dtype)
+    assert torch.equal(*parts)
+    assert torch.equal(z, wide.bfloat16())
 
 
 def test_gradients_sum_to_zero_over_the_vocabulary():
@@ -193,7 +251,7 @@ def test_gradients_sum_to_zero_over_the_vocabulary():
             rows[3] = divergence(z, t, "reverse", 2.0)
         if direction == "jsd":
             rows[3] = jsd_partials(z, t, rows[1] - rows[2], rows[1], 2.0, 0.3)[1]
-        kl_gradient_(g, t, label, rows, weights, 2.0, direction, 0.3)
+        kl_gradient_(g, t, label, rows, weights, 2.0, direction, 0.3, z.dtype)
         assert g.sum(1).abs().max() < 1e-13
 
 

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_mlr1.ops.head_chunks import Chunks, Shard
+from megatron_mlr1.ops.head_chunks import BOTH_GRADIENTS, Chunks, Shard, Wanted, rows_in
 from megatron_mlr1.ops.linear_kl import Head, TokenWeights
 from megatron_mlr1.ops.linear_sparse_kl import linear_sparse_kl
+from megatron_mlr1.ops.sparse_kl_rows import sparse_kl_gradient_, sparse_kl_partials
 from megatron_mlr1.ops.sparse_targets import SparseForm, offsets, sparse_targets
 from tests.support.softmax_losses import case, logits, value_and_gradients
 
@@ -20,7 +21,7 @@ def targets_of(inputs, form):
     return sparse_targets(t, offsets(KEY, 0, 0, len(t)), form)
 
 
-def run(inputs, targets, size=7, z_loss=0.0):
+def run(inputs, targets, size=7, z_loss=0.0, *, wanted=BOTH_GRADIENTS, **chunks):
     return linear_sparse_kl(
         Head(hidden=inputs.hidden, weight=inputs.weight),
         targets,
@@ -28,7 +29,8 @@ def run(inputs, targets, size=7, z_loss=0.0):
         TokenWeights(cross_entropy=inputs.ce_weight, divergence=inputs.kd_weight),
         z_loss=z_loss,
         shard=Shard(first_id=0, num_ids=inputs.num_ids),
-        chunks=Chunks(size=size),
+        chunks=Chunks(size=size, **chunks),
+        wanted=wanted,
     )
 
 
@@ -69,6 +71,26 @@ def test_value_and_gradients_are_the_definitions(form, size):
     expected = (total.detach(), *torch.autograd.grad(total, (hidden, weight)))
     for got, want in zip(outputs(run(inputs, targets, size, z_loss=0.01)), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+
+
+def test_gradients_times_a_factor_join_what_is_there_and_bf16_logits_cost_their_rounding():
+    inputs = case()
+    targets = targets_of(inputs, SparseForm(top=4, points=5))
+    into = torch.ones_like(inputs.weight)
+    wanted = Wanted(factor=torch.tensor(3.0, dtype=torch.float64), into=into)
+    result, plain = run(inputs, targets, wanted=wanted), run(inputs, targets)
+    assert result.gradients.weight is into
+    expected = plain.total, 3 * plain.gradients.hidden, 1 + 3 * plain.gradients.weight
+    for got, want in zip(outputs(result), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    names = [name for name, value in vars(inputs).items() if torch.is_tensor(value)]
+    single = {name: getattr(inputs, name).float() for name in names if name != "labels"}
+    inputs = replace(inputs, **single)
+    targets = targets_of(inputs, SparseForm(top=4, points=5))
+    rounded, plain = (run(inputs, targets, logits=to) for to in (torch.bfloat16, None))
+    for got, want in zip(outputs(rounded), outputs(plain), strict=True):
+        assert not torch.equal(got, want)
+        assert (got - want).norm() < 0.02 * want.norm()
 
 
 def test_all_ids_kept_are_the_exact_loss():
@@ -140,5 +162,22 @@ def test_its_rows_are_ops_that_torch_can_trace(device):
     for bucket in (False, True):
         args = (z, label, column, weight, 2.0, bucket)
         torch.library.opcheck(torch.ops.mlr1.sparse_kl_partials.default, args)
-        args = (z, label, column, weight, rows, weights, 2.0, bucket)
+        args = (z, label, column, weight, rows, weights, 2.0, bucket, z.dtype)
         torch.library.opcheck(torch.ops.mlr1.sparse_kl_gradient_.default, args)
+
+
+@pytest.mark.parametrize("bucket", [False, True])
+def test_a_narrow_gradient_is_the_wide_one_rounded_once_and_narrow_logits_count_as_fp32(bucket):
+    generator = torch.Generator().manual_seed(3)
+    z = torch.randn(5, 33, generator=generator).bfloat16()
+    label = torch.tensor([0, 32, -1, 4, 4])
+    column = torch.stack([torch.randperm(33, generator=generator)[:6] for _ in range(5)])
+    given = torch.rand(5, 6, generator=generator)
+    rows, weights = torch.rand(2, 3, 5, generator=generator)
+    wide, inside = z.float(), z.float()
+    partials = [sparse_kl_partials(x, label, column, given, 2.0, bucket) for x in (z, wide)]
+    assert torch.equal(*partials)
+    for out, dtype in ((wide, torch.float32), (inside, z.dtype), (z, z.dtype)):
+        sparse_kl_gradient_(out, label, column, given, rows, weights, 2.0, bucket, dtype)
+    assert torch.equal(rows_in(inside, z.dtype), wide.bfloat16())
+    assert torch.equal(z, wide.bfloat16())

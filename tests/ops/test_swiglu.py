@@ -105,6 +105,21 @@ def test_refuses_a_width_that_is_not_gate_and_up():
         swiglu(torch.zeros(2, 3), kernel="reference")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_ligers_function_matches_the_definition(dtype):
+    pytest.importorskip("liger_kernel", reason="needs Liger-Kernel (pip install liger-kernel)")
+    gate_up, grad_out = inputs((41, 3, 1270), dtype, "cuda")
+    out, grad_in = definition(gate_up, grad_out)
+    x = gate_up.clone().requires_grad_()
+    y = swiglu(x, kernel="liger")
+    y.backward(grad_out)
+    # It multiplies in the tensors' type, so that bf16 is rounded several times.
+    close = {"rtol": 4 * TOLERANCE[dtype], "atol": 4 * TOLERANCE[dtype]}
+    torch.testing.assert_close(y.detach().double(), out, **close)
+    torch.testing.assert_close(x.grad.double(), grad_in, **close)
+
+
 @pytest.mark.ext
 def test_a_compiled_row_takes_the_place_of_the_definition():
     assert has_row("mlr1::swiglu", "CPU")

@@ -1,0 +1,123 @@
+// What a kernel needs beyond C++, so that a kernel's body has two compilers: nvcc, for a GPU, and
+// with MLR1_EMULATED a plain C++ compiler, whose program executes the same body on a CPU, thread by
+// thread (tests/csrc/cuda_on_cpu.h). A kernel that keeps these rules runs in both:
+//   - shared memory is dynamic alone, taken once by MLR1_SHARED(name): unsigned char*, aligned to 16;
+//   - lanes of a warp exchange by __shfl_xor_sync, __shfl_down_sync and __shfl_sync, with the full
+//     mask and from all 32 lanes;
+//   - __syncthreads() is reached by all threads of a block, the calls below by all of a cluster;
+//   - what the block of another rank wrote is read through cluster_shared().
+#pragma once
+
+#include <cstddef>
+#include <cstring>
+
+#if defined(MLR1_EMULATED)
+
+#include "cuda_on_cpu.h"
+
+#else
+
+#include <cuda_runtime.h>
+
+#define MLR1_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+
+#endif
+
+namespace mlr1 {
+
+constexpr unsigned kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+#if !defined(MLR1_EMULATED)
+
+// Before Hopper there are no clusters: there a block is a cluster of its own.
+
+__device__ inline unsigned cluster_rank() {
+#if __CUDA_ARCH__ >= 900
+  return __clusterRelativeBlockRank();
+#else
+  return 0;
+#endif
+}
+
+__device__ inline unsigned cluster_size() {
+#if __CUDA_ARCH__ >= 900
+  return __clusterSizeInBlocks();
+#else
+  return 1;
+#endif
+}
+
+// The two halves of cluster_sync(): what a thread does between them waits for nobody.
+__device__ inline void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  __cluster_barrier_arrive();
+#endif
+}
+
+__device__ inline void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  __cluster_barrier_wait();
+#else
+  __syncthreads();
+#endif
+}
+
+// A barrier of all threads of the cluster; what they wrote before, to shared or to global memory, is
+// seen behind it.
+__device__ inline void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
+}
+
+// Where the block of that rank has what `pointer` shows in this block's shared memory. That block
+// must have started, and must not end before it is read or written: a barrier on either side.
+template <typename T>
+__device__ inline T* cluster_shared(T* pointer, unsigned rank) {
+#if __CUDA_ARCH__ >= 900
+  return static_cast<T*>(__cluster_map_shared_rank(pointer, rank));
+#else
+  return pointer;
+#endif
+}
+
+template <std::size_t bytes>
+struct Word;
+template <>
+struct Word<2> {
+  using type = unsigned short;
+};
+template <>
+struct Word<4> {
+  using type = unsigned;
+};
+template <>
+struct Word<8> {
+  using type = uint2;
+};
+template <>
+struct Word<16> {
+  using type = uint4;
+};
+
+// Loads and stores of 2, 4, 8 or 16 bytes that no cache need keep.
+template <typename T>
+__device__ inline T load_streaming(const T* from) {
+  using word_t = typename Word<sizeof(T)>::type;
+  const word_t word = __ldcs(reinterpret_cast<const word_t*>(from));
+  T value;
+  memcpy(&value, &word, sizeof(T));
+  return value;
+}
+
+template <typename T>
+__device__ inline void store_streaming(T* to, const T& value) {
+  using word_t = typename Word<sizeof(T)>::type;
+  word_t word;
+  memcpy(&word, &value, sizeof(T));
+  __stcs(reinterpret_cast<word_t*>(to), word);
+}
+
+#endif
+
+}  // namespace mlr1
