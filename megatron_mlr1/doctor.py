@@ -214,7 +214,8 @@ def _fp8(machine: Machine) -> str:
             "pip install --no-build-isolation 'megatron_mlr1[fp8]'"
         )
     recipes = ["tensorwise", "delayed"]
-    recipes += ["blockwise"] if lowest[0] == 9 else []
+    cuda = tuple(map(int, (machine.torch_cuda or "0.0").split(".")))
+    recipes += ["blockwise"] if lowest[0] == 9 and cuda >= (12, 9) else []
     recipes += ["mxfp8"] if lowest[0] >= 10 else []
     return f"yes, --fp8-format hybrid --fp8-recipe {' | '.join(recipes)}"
 

@@ -13,9 +13,17 @@ from megatron_mlr1.distillation_options import DistillationOptions, add_distilla
 from megatron_mlr1.errors import ConfigError
 
 KERNELS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"swiglu": ("mlr1", "reference"), "linear_cross_entropy": ("mlr1", "reference")}
+    {
+        "swiglu": ("mlr1", "reference", "mlr1_fp8", "liger", "te"),
+        "linear_cross_entropy": ("mlr1", "reference", "liger", "quack", "te"),
+        "linear_kl": ("mlr1", "reference", "liger"),
+        "qk_norm_rope": ("mlr1", "reference"),
+    }
 )
 """The implementations of each op that has more than one; the first is the default."""
+
+LOGITS = ("fp32", "bf16")
+"""In what our losses keep a chunk of logits; the first is the default."""
 
 DATASETS = ("mlr1", "megatron")
 """Whose datasets give the samples their order; the first is the default."""
@@ -54,6 +62,9 @@ class Mlr1Options:
 
     kernels: Mapping[str, str]
     """The implementation of every op in `KERNELS`."""
+
+    logits: str
+    """In what our losses keep a chunk of logits: one of `LOGITS`."""
 
     dataset: str
     """Whose order of samples: one of `DATASETS`."""
@@ -104,6 +115,7 @@ class Mlr1Options:
             mixture=namespace.mixture,
             data_root=None if namespace.data_root is None else Path(namespace.data_root),
             kernels=MappingProxyType(_kernels(namespace.mlr1_kernels)),
+            logits=namespace.mlr1_logits,
             dataset=namespace.mlr1_dataset,
             loader=namespace.mlr1_loader,
             mixture_switch=_switches(namespace.mixture_switch),
@@ -148,6 +160,13 @@ def add_mlr1_arguments(parser: ArgumentParser) -> ArgumentParser:
         "--mlr1-kernels",
         metavar="OP=NAME[,OP=NAME]",
         help=f"which implementation an op uses ({choices}; the first is the default)",
+    )
+    group.add_argument(
+        "--mlr1-logits",
+        choices=LOGITS,
+        default=LOGITS[0],
+        help="in what the losses of mlr1 keep a chunk of logits: fp32 (default), or bf16, which "
+        "halves their traffic and costs about 1e-4 nats a token",
     )
     group.add_argument(
         "--peak-tflops",

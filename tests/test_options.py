@@ -15,9 +15,9 @@ def test_flags_become_frozen_options() -> None:
         "--model 950m --stage pretrain_phase1 --recipe own.yaml --without bf16,--seed "
         "--from-scratch "
         "--mixture pretrain_phase2 --data-root corpora --mlr1-kernels swiglu=reference "
-        "--mlr1-dataset megatron --mlr1-loader dali --mixture-switch 500=b,1000=c.yaml "
-        "--verify-data full --document-mask --new-data-order --peak-tflops 989 "
-        "--teacher tcp://a:1"
+        "--mlr1-logits bf16 --mlr1-dataset megatron --mlr1-loader dali "
+        "--mixture-switch 500=b,1000=c.yaml --verify-data full --document-mask --new-data-order "
+        "--peak-tflops 989 --teacher tcp://a:1"
     )
     options, _ = split_words(words.split())
     assert options == Mlr1Options(
@@ -28,7 +28,13 @@ def test_flags_become_frozen_options() -> None:
         from_scratch=True,
         mixture="pretrain_phase2",
         data_root=Path("corpora"),
-        kernels={"swiglu": "reference", "linear_cross_entropy": "mlr1"},
+        kernels={
+            "swiglu": "reference",
+            "linear_cross_entropy": "mlr1",
+            "linear_kl": "mlr1",
+            "qk_norm_rope": "mlr1",
+        },
+        logits="bf16",
         dataset="megatron",
         loader="dali",
         mixture_switch=((500, "b"), (1000, "c.yaml")),

@@ -3,9 +3,10 @@
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import (
@@ -21,12 +22,12 @@ from megatron_mlr1.engine.datasets import on_device
 from megatron_mlr1.engine.distillation import Distilling
 from megatron_mlr1.engine.groups import Place, place
 from megatron_mlr1.losses.language_model import MicroBatchLoss
-from megatron_mlr1.model.loss_head import LossHead
+from megatron_mlr1.model.head_kernels import HeadKernels
+from megatron_mlr1.model.loss_head import LossHead, Teacher
 from megatron_mlr1.teacher.lookahead import Ahead
 
 Loss = tuple[Tensor, Tensor, dict[str, Tensor]]
 Batch = dict[str, Tensor | None]
-Kernel = Literal["mlr1", "reference"]
 Read = dict[str, Any] | Ahead[dict[str, Any]]
 """What a loader gives: a batch, in a distilled run together with its place in the queue."""
 
@@ -37,19 +38,23 @@ class ForwardStep:
     def __init__(
         self,
         args: Namespace,
-        kernel: Kernel,
+        kernels: HeadKernels,
         distilling: Distilling | None = None,
+        *,
+        foresees: bool = False,
     ) -> None:
         """Take what does not change between micro-batches.
 
         Args:
             args: the engine's, validated.
-            kernel: of output layer and loss, see `LossHead`.
+            kernels: of output layer and loss.
             distilling: the teacher's part in the run.
+            foresees: whether the head's gradient joins the main gradient in the forward, see
+                `foresees_backward`.
         """
         self._args = args
-        self._kernel = kernel
-        self._distilling = distilling
+        self._kernels = kernels
+        self._distilling, self._foresees = distilling, foresees
         self._places: dict[int | None, Place] = {}
         self._head: LossHead | None = None
 
@@ -89,12 +94,15 @@ class ForwardStep:
     def _loss_head(self, model: torch.nn.Module) -> LossHead:
         """Make the head once the model and the teacher are there."""
         if self._head is None:
-            distilling, num_ids = self._distilling, self._args.padded_vocab_size
+            distilling = self._distilling
             self._head = LossHead(
                 get_attr_wrapped_model(model, "config"),
-                vocab_size=num_ids if distilling is None else distilling.num_ids,
-                kernel=self._kernel,
-                teacher_weight=None if distilling is None else distilling.head,
+                vocab_size=self._args.padded_vocab_size,
+                kernels=self._kernels,
+                teacher=None
+                if distilling is None
+                else Teacher(num_ids=distilling.num_ids, weight=distilling.head),
+                num_micro_batches=get_num_microbatches if self._foresees else None,
             )
         return self._head
 
@@ -169,6 +177,22 @@ class ForwardStep:
                 fatal=False,
             )
         return total, done.tokens, done.report
+
+
+def foresees_backward(args: Namespace) -> bool:
+    """Say whether the head may add its gradient to the main gradient before the backward.
+
+    Not where somebody else uses that memory between forward and backward (parameters that are
+    gathered into gradient buffers), nor where gradients have no lasting place (FSDP), nor in fp16,
+    whose loss scale would take the head's gradient out of its range.
+    """
+    return not (
+        args.fp16
+        or args.use_megatron_fsdp
+        or args.use_torch_fsdp2
+        or args.reuse_grad_buf_for_mxfp8_param_ag
+        or args.use_layer_wise_distributed_optimizer
+    )
 
 
 SPIKE = 10.0

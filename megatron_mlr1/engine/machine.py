@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from megatron_mlr1 import cpu
-from megatron_mlr1.errors import ConfigError
+from megatron_mlr1.engine import fp8
 from megatron_mlr1.model.precision import transformer_engine_version
 
 ALWAYS = ("--no-create-attention-mask-in-dataloader",)
@@ -41,7 +41,7 @@ def words(user: Sequence[str]) -> tuple[str, ...]:
     """Give the flags that this machine calls for; the user's own, which follow, win.
 
     Raises:
-        ConfigError: FP8 is asked for where Transformer Engine or a device for it is missing.
+        ConfigError: FP8 is asked for that cannot run here, see `engine/fp8.py`.
     """
     chosen = list(ALWAYS)
     if cpu.is_active():
@@ -51,25 +51,23 @@ def words(user: Sequence[str]) -> tuple[str, ...]:
     if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
         # The engine's own linear layers take this from NVIDIA Apex; Transformer Engine's do not.
         chosen.append("--no-gradient-accumulation-fusion")
-    _refuse_fp8(user)
+    if fp8.is_asked_for(user):
+        fp8.refuse_impossible(
+            user, device=_device(), transformer_engine=transformer_engine_version()
+        )
     return tuple(dict.fromkeys(chosen))
 
 
-def _refuse_fp8(user: Sequence[str]) -> None:
-    asked = [word for word in user if word.startswith("--fp8-format")]
-    if not asked:
-        return
+def _device() -> fp8.Device | None:
+    """Look at the device that FP8 would run on; None in CPU mode, where nothing is asked."""
     if cpu.is_active():
-        raise ConfigError(
-            f"{asked[0]} needs an NVIDIA GPU of compute capability 8.9 or higher, and this run is "
-            "in CPU mode. Leave the FP8 flags out here."
-        )
-    if transformer_engine_version() is None:
-        raise ConfigError(
-            f"{asked[0]} needs Transformer Engine, which does not import here. Install it "
-            "(pip install --no-build-isolation 'megatron_mlr1[fp8]'), see `python -m "
-            "megatron_mlr1.doctor`, or leave the FP8 flags out."
-        )
+        return None
+    major, minor = (torch.version.cuda or "0.0").split(".")[:2]
+    return fp8.Device(
+        name=torch.cuda.get_device_name(),
+        capability=torch.cuda.get_device_capability(),
+        cuda=(int(major), int(minor)),
+    )
 
 
 def environment() -> None:

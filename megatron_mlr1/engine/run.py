@@ -3,7 +3,7 @@
 import platform
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -26,13 +26,14 @@ from megatron_mlr1.data.provenance import read_record
 from megatron_mlr1.engine import command_line, machine, mends, start
 from megatron_mlr1.engine.datasets import MegatronDatasets
 from megatron_mlr1.engine.distillation import Distilling
-from megatron_mlr1.engine.forward import ForwardStep, Kernel
+from megatron_mlr1.engine.forward import ForwardStep, foresees_backward
 from megatron_mlr1.engine.loaders import Loaders
 from megatron_mlr1.engine.metrics import Metrics
 from megatron_mlr1.errors import ConfigError
 from megatron_mlr1.model.build import finish
+from megatron_mlr1.model.head_kernels import HeadKernels, HeadRun
 from megatron_mlr1.model.shape import ModelShape
-from megatron_mlr1.model.spec import block_spec
+from megatron_mlr1.model.spec import Kernel, block_spec, refuse_missing
 from megatron_mlr1.options import Mlr1Options, add_mlr1_arguments
 from megatron_mlr1.recipes import Plan
 
@@ -52,6 +53,8 @@ def run(plan: Plan, blends: Sequence[Blend], *, rank: int) -> None:
     machine.environment()
     words = words_of(plan, blends, announce=rank == 0)
     args, model = _configure(words)
+    kernels = _head_kernels(args, plan.options)
+    refuse_missing(cast(Kernel, plan.options.kernels["swiglu"]), args.transformer_impl)
     learning = plan.options.distillation
     distilling: Distilling | None = None
     if learning.teacher is not None:
@@ -63,7 +66,7 @@ def run(plan: Plan, blends: Sequence[Blend], *, rank: int) -> None:
         names = [corpus.name for blend in blends for corpus in blend.corpora]
         datasets = MegatronDatasets(args, plan.options, names)
     try:
-        _train(args, model, plan.options, datasets, distilling)
+        _train(args, model, plan.options, datasets, distilling, kernels)
     finally:
         if distilling is not None:
             distilling.close()
@@ -187,14 +190,31 @@ def _configure(words: Sequence[str]) -> tuple[Namespace, GPTModelConfig]:
     return args, model
 
 
+def _head_kernels(args: Namespace, options: Mlr1Options) -> HeadKernels:
+    """Take the head's implementations, if they can work in this run."""
+    kernels = HeadKernels.of(options.kernels, options.logits)
+    run = HeadRun(
+        tensor_parallel=args.tensor_model_parallel_size,
+        fp16=args.fp16,
+        whole_step_graph=args.cuda_graph_impl == "full_iteration",
+        packed=args.dataloader_inter_document_masking,
+        distils=options.distillation.teacher is not None,
+        sparse=options.distillation.form in ("hybrid", "top_k"),
+    )
+    kernels.refuse(run)
+    return kernels
+
+
 def _train(
     args: Namespace,
     model: GPTModelConfig,
     options: Mlr1Options,
     datasets: Loaders | MegatronDatasets,
     distilling: Distilling | None,
+    kernels: HeadKernels,
 ) -> None:
-    model.transformer_layer_spec = partial(_layers, swiglu_kernel=options.kernels["swiglu"])
+    layers = {f"{op}_kernel": options.kernels[op] for op in ("swiglu", "qk_norm_rope")}
+    model.transformer_layer_spec = partial(_layers, kernels=layers)
     peak = machine.peak_tflops(options.peak_tflops)
     Metrics(args, shape_of(args), datasets, peak, distilling).install()
     if distilling is not None:
@@ -203,13 +223,13 @@ def _train(
         pretrain_cfg_container_from_args(args, model),
         datasets,
         ModelType.encoder_or_decoder,
-        ForwardStep(args, cast(Kernel, options.kernels["linear_cross_entropy"]), distilling),
+        ForwardStep(args, kernels, distilling, foresees=foresees_backward(args)),
     )
 
 
-def _layers(model: Any, vp_stage: int | None = None, *, swiglu_kernel: Any) -> Any:
+def _layers(model: Any, vp_stage: int | None = None, *, kernels: Mapping[str, Any]) -> Any:
     """Give the engine's builder the layers of one stage."""
-    return block_spec(model.transformer, swiglu_kernel=swiglu_kernel, vp_stage=vp_stage)
+    return block_spec(model.transformer, vp_stage=vp_stage, **kernels)
 
 
 def shape_of(args: Namespace) -> ModelShape:

@@ -7,20 +7,24 @@ or as sparse targets. Cross-entropy and divergence come from one pass over the l
 """
 
 from dataclasses import dataclass, field
+from math import log
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from megatron_mlr1.errors import TeacherError
 from megatron_mlr1.losses.language_model import MicroBatchLoss, counted_rows
 from megatron_mlr1.losses.vocab_parallel import (
     Deliver,
+    Foreseen,
     TensorParallel,
     add_to_grad,
     wanted,
     with_gradients,
 )
-from megatron_mlr1.ops.head_chunks import Chunks, HeadGradients
+from megatron_mlr1.ops.head_chunks import Chunks, HeadGradients, Wanted
+from megatron_mlr1.ops.libraries import LEFT_OUT, liger_divergence
 from megatron_mlr1.ops.linear_kl import Head, Objective, TokenWeights, linear_kl
 from megatron_mlr1.ops.linear_sparse_kl import linear_sparse_kl
 from megatron_mlr1.ops.sparse_targets import SparseTargets
@@ -67,8 +71,8 @@ def distillation_loss(
     *,
     teacher_weight: Tensor | None,
     parallel: TensorParallel,
-    skip_masked: bool = True,
-    deliver: Deliver = add_to_grad,
+    chunks: Chunks | None = None,
+    deliver: Deliver | Foreseen = add_to_grad,
 ) -> MicroBatchLoss:
     """Compute both heads and the loss together, without a tensor of tokens x vocabulary.
 
@@ -79,7 +83,8 @@ def distillation_loss(
         loss_mask: 1 where a token counts for the cross-entropy and 0 where not, like `labels`.
         teacher_weight: the teacher's rows of the same ids; None where targets are sparse.
         parallel: how both heads are split.
-        skip_masked: leave out tokens that no mask counts, for which it waits for the device once.
+        chunks: which tokens take part, and their logits; None leaves out those that no mask
+            counts, for which it waits for the device once.
         deliver: what becomes of the student's head's gradient.
 
     Returns:
@@ -103,9 +108,9 @@ def distillation_loss(
         head=head,
         labels=labels.reshape(-1),
         weights=weights,
-        chunks=Chunks(rows=counted_rows(ce_mask, kd_mask) if skip_masked else None),
+        chunks=chunks or Chunks(rows=counted_rows(ce_mask, kd_mask)),
         parallel=parallel,
-        student=student,
+        wanted=wanted(student.hidden, student.weight, deliver),
     )
     if isinstance(lesson.targets, SparseTargets):
         result = _sparse(work, lesson.targets, lesson.objective)
@@ -122,6 +127,91 @@ def distillation_loss(
     return MicroBatchLoss(total=total, tokens=tokens.to(torch.int), report=report)
 
 
+def divergence_loss(
+    alone: MicroBatchLoss,
+    student: Head,
+    lesson: Lesson,
+    loss_mask: Tensor,
+    *,
+    teacher_weight: Tensor,
+    num_ids: int,
+    kernel: str,
+) -> MicroBatchLoss:
+    """Add a divergence that another implementation computes to a cross-entropy.
+
+    Args:
+        alone: the cross-entropy's part, of any implementation, not weighted.
+        student: hidden states [..., D] and the whole head; autograd gives their gradients.
+        lesson: with hidden targets.
+        loss_mask: 1 where a token counts for the cross-entropy and 0 where not.
+        teacher_weight: the teacher's whole head.
+        num_ids: ids of both.
+        kernel: "reference", the definition over tensors of all logits, or "liger".
+
+    Returns:
+        a report of "lm loss" and "kd loss".
+
+    Raises:
+        TeacherError: the targets do not fit the tokens.
+    """
+    targets, objective = lesson.targets, lesson.objective
+    assert isinstance(targets, HiddenTargets), "sparse targets are refused at the start"
+    hidden = student.hidden.reshape(-1, student.hidden.size(-1))
+    states = targets.hidden.reshape(-1, targets.hidden.size(-1))
+    _refuse_other_states(states, hidden.size(0), teacher_weight)
+    if targets.scale is not None:
+        states = states * targets.scale.reshape(-1, 1)
+    mask = (loss_mask if lesson.mask is None else lesson.mask).reshape(-1)
+    function = liger_divergence if kernel == "liger" else logits_divergence
+    total = function(
+        (hidden, student.weight[:num_ids]),
+        (states.to(teacher_weight.dtype), teacher_weight[:num_ids]),
+        torch.zeros_like(mask, dtype=torch.int64).masked_fill(mask == 0, LEFT_OUT),
+        direction=objective.direction,
+        temperature=objective.temperature,
+        beta=objective.beta,
+    )
+    told = torch.stack((total.detach(), mask.sum().to(total.dtype))).float()
+    scale = objective.temperature**2
+    return MicroBatchLoss(
+        total=(1 - lesson.alpha) * alone.total + lesson.alpha * scale * total,
+        tokens=alone.tokens,
+        report=alone.report | {"kd loss": told},
+    )
+
+
+def logits_divergence(
+    student: tuple[Tensor, Tensor],
+    teacher: tuple[Tensor, Tensor],
+    labels_N: Tensor,
+    *,
+    direction: str,
+    temperature: float,
+    beta: float,
+) -> Tensor:
+    """Sum the divergence by its definition, over tensors of all logits; see `liger_divergence`."""
+    wide = wide_dtype(student[1].dtype)
+    z, t = (functional.linear(*head).to(wide) / temperature for head in (student, teacher))
+    log_q, log_p = z.log_softmax(1), t.log_softmax(1)
+    if direction == "forward":
+        terms = log_p.exp() * (log_p - log_q)
+    elif direction == "reverse":
+        terms = log_q.exp() * (log_q - log_p)
+    else:
+        log_m = torch.logaddexp(log_p + log(beta), log_q + log(1 - beta))
+        terms = beta * log_p.exp() * (log_p - log_m) + (1 - beta) * log_q.exp() * (log_q - log_m)
+    return terms.sum(1)[labels_N != LEFT_OUT].sum()
+
+
+def _refuse_other_states(states: Tensor, num_tokens: int, teacher_weight: Tensor) -> None:
+    width = teacher_weight.size(1)
+    if states.shape != (num_tokens, width):
+        raise TeacherError(
+            f"The teacher's hidden states are {tuple(states.shape)}; these tokens and its head "
+            f"need ({num_tokens}, {width}). Check that teacher and head belong together."
+        )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Work:
     """What both kinds of targets are judged with."""
@@ -131,7 +221,7 @@ class _Work:
     weights: TokenWeights
     chunks: Chunks
     parallel: TensorParallel
-    student: Head
+    wanted: Wanted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,13 +235,8 @@ class _Result:
 def _dense(
     work: _Work, targets: HiddenTargets, objective: Objective, teacher_weight: Tensor
 ) -> _Result:
-    width = teacher_weight.size(1)
     hidden = work.parallel.gathered(targets.hidden).reshape(-1, targets.hidden.size(-1))
-    if hidden.shape != (work.labels.numel(), width):
-        raise TeacherError(
-            f"The teacher's hidden states are {tuple(hidden.shape)}; these tokens and its head "
-            f"need ({work.labels.numel()}, {width}). Check that teacher and head belong together."
-        )
+    _refuse_other_states(hidden, work.labels.numel(), teacher_weight)
     scale = targets.scale
     if scale is not None:
         scale = work.parallel.gathered(scale).reshape(-1)
@@ -163,7 +248,7 @@ def _dense(
         objective=objective,
         shard=work.parallel.shard(work.head.weight.size(0)),
         chunks=work.chunks,
-        wanted=wanted(work.student.hidden, work.student.weight),
+        wanted=work.wanted,
     )
     return _Result(
         total=result.total,
@@ -201,7 +286,7 @@ def _sparse(work: _Work, targets: SparseTargets, objective: Objective) -> _Resul
         z_loss=objective.z_loss,
         shard=work.parallel.shard(work.head.weight.size(0)),
         chunks=work.chunks,
-        wanted=wanted(work.student.hidden, work.student.weight),
+        wanted=work.wanted,
     )
     return _Result(
         total=result.total,

@@ -1,5 +1,6 @@
 """The language-model loss of one micro-batch, as the engine's schedules take it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -7,12 +8,14 @@ from torch import Tensor
 
 from megatron_mlr1.losses.vocab_parallel import (
     Deliver,
+    Foreseen,
     TensorParallel,
     add_to_grad,
     wanted,
     with_gradients,
 )
 from megatron_mlr1.ops.head_chunks import Chunks
+from megatron_mlr1.ops.libraries import LEFT_OUT
 from megatron_mlr1.ops.linear_cross_entropy import linear_cross_entropy
 from megatron_mlr1.ops.wide_matmul import wide_dtype
 
@@ -50,6 +53,31 @@ def masked_sum(losses: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor, dict[
     return total, tokens.to(torch.int), {"lm loss": report}
 
 
+def summed_by(
+    function: Callable[[Tensor, Tensor, Tensor], Tensor],
+    hidden: Tensor,
+    weight_VD: Tensor,
+    labels: Tensor,
+    loss_mask: Tensor,
+) -> MicroBatchLoss:
+    """Have another implementation of head and loss sum over the tokens that count.
+
+    Args:
+        function: takes hidden states [N, D], the whole head and labels [N], and gives the sum of
+            cross-entropies of the tokens that are not `libraries.LEFT_OUT`; see `ops.libraries`.
+        hidden: [..., D].
+        weight_VD: the whole head, without padding.
+        labels: ids, as many elements as there are tokens, in the same order.
+        loss_mask: 1 where a token counts and 0 where not, like `labels`.
+    """
+    mask_N = loss_mask.reshape(-1)
+    labels_N = labels.reshape(-1).masked_fill(mask_N == 0, LEFT_OUT)
+    total = function(hidden.reshape(-1, hidden.size(-1)), weight_VD, labels_N)
+    tokens = mask_N.float().sum()
+    report = torch.stack((total.detach().float(), tokens))
+    return MicroBatchLoss(total=total, tokens=tokens.to(torch.int), report={"lm loss": report})
+
+
 def counted_rows(*masks_N: Tensor) -> Tensor:
     """Give the places, int64, of the tokens that any of the masks counts; waits for the device."""
     counted_N = masks_N[0] != 0
@@ -67,7 +95,7 @@ def linear_language_model_loss(
     parallel: TensorParallel,
     chunks: Chunks | None = None,
     z_loss: float = 0.0,
-    deliver: Deliver = add_to_grad,
+    deliver: Deliver | Foreseen = add_to_grad,
 ) -> MicroBatchLoss:
     """Compute head and loss together, without a tensor of tokens x vocabulary.
 
@@ -77,8 +105,8 @@ def linear_language_model_loss(
         labels: ids, as many elements as there are tokens in all parts, in the same order.
         loss_mask: 1 where a token counts and 0 where not, like `labels`.
         parallel: how the head is split.
-        chunks: which tokens take part; None leaves out the masked ones, for which it waits for
-            the device once.
+        chunks: which tokens take part, and their logits; None leaves out the masked ones, for
+            which it waits for the device once.
         z_loss: factor of (log sum exp)^2 in the loss; the log has the cross-entropy alone.
         deliver: what becomes of the head's gradient.
     """
@@ -90,7 +118,7 @@ def linear_language_model_loss(
         mask_N,
         shard=parallel.shard(weight_VD.size(0)),
         chunks=chunks or Chunks(rows=counted_rows(mask_N)),
-        wanted=wanted(hidden, weight_VD),
+        wanted=wanted(hidden, weight_VD, deliver),
         z_loss=z_loss,
     )
     total = with_gradients(result.total, hidden, weight_VD, result.gradients, parallel, deliver)

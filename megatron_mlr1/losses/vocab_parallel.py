@@ -24,6 +24,25 @@ device; gives what autograd is to add to `weight.grad`, or None if it brought th
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Foreseen:
+    """In place of a `Deliver`: the factor of the backward is known before the forward.
+
+    Both gradients are made times the factor then, and the weight's is added at once to where it
+    belongs: neither is kept whole for a second pass in the backward, which only verifies that the
+    factor is the one that was foreseen.
+    """
+
+    factor: Tensor
+    """One element, on the device."""
+
+    into: Tensor
+    """[V, D] in the wide type: where the weight's gradient belongs."""
+
+    arrived: Callable[[Tensor], Tensor | None]
+    """Takes the weight in the backward, when all is there; gives what autograd is to add."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TensorParallel:
     """How a head is split."""
 
@@ -79,10 +98,13 @@ def _reduce(tensor: Tensor, group: ProcessGroup | None, how: ReduceOp.RedOpType)
     dist.all_reduce(tensor, op=how, group=group)
 
 
-def wanted(hidden: Tensor, weight: Tensor) -> Wanted:
+def wanted(hidden: Tensor, weight: Tensor, deliver: Deliver | Foreseen) -> Wanted:
     """Ask for the gradients that a backward could take; none in an evaluation."""
     on = torch.is_grad_enabled()
-    return Wanted(hidden=on and hidden.requires_grad, weight=on and weight.requires_grad)
+    to_hidden, to_weight = on and hidden.requires_grad, on and weight.requires_grad
+    if not isinstance(deliver, Foreseen):
+        return Wanted(hidden=to_hidden, weight=to_weight)
+    return Wanted(hidden=to_hidden, weight=to_weight, factor=deliver.factor, into=deliver.into)
 
 
 def with_gradients(
@@ -91,7 +113,7 @@ def with_gradients(
     weight: Tensor,
     gradients: HeadGradients,
     parallel: TensorParallel,
-    deliver: Deliver,
+    deliver: Deliver | Foreseen,
 ) -> Tensor:
     """Tie a sum to the gradients that were made with it, and give it as a node of the graph.
 
@@ -99,15 +121,21 @@ def with_gradients(
         total: scalar.
         hidden: what the head read: this process's part, any shape [..., D].
         weight: its rows of the head.
-        gradients: of `total`, from this shard of the vocabulary.
+        gradients: of `total`, or of `total` times the factor that is foreseen, from this shard of
+            the vocabulary.
         parallel: how the head is split.
-        deliver: what becomes of the weight's gradient in the backward.
+        deliver: what becomes of the weight's gradient in the backward, or what became of it.
     """
-    grad_hidden = gradients.hidden
+    grad_hidden, grad_weight = gradients.hidden, gradients.weight
     if grad_hidden is not None:
         grad_hidden = parallel.summed(grad_hidden).view_as(hidden).to(hidden.dtype)
-    tied: Tensor = _GradientsMadeBefore.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, total, grad_hidden, gradients.weight, deliver
+    if isinstance(deliver, Foreseen):
+        tied: Tensor = _GradientsDelivered.apply(  # type: ignore[no-untyped-call]
+            hidden, weight, total, grad_hidden, deliver
+        )
+        return tied
+    tied = _GradientsMadeBefore.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, total, grad_hidden, grad_weight, deliver
     )
     return tied
 
@@ -145,3 +173,35 @@ class _GradientsMadeBefore(torch.autograd.Function):
         if grad_weight is not None:
             to_weight = ctx.deliver(ctx.weight, grad_weight, factor)
         return to_hidden, to_weight, None, None, None, None
+
+
+class _GradientsDelivered(torch.autograd.Function):
+    """Passes a scalar on; its backward verifies a factor that is in the gradients already."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        total: Tensor,
+        grad_hidden: Tensor | None,
+        foreseen: Foreseen,
+    ) -> Tensor:
+        ctx.save_for_backward(grad_hidden)
+        ctx.weight, ctx.foreseen = weight, foreseen
+        return total.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_hidden,) = ctx.saved_tensors
+        foreseen: Foreseen = ctx.foreseen
+        expected = foreseen.factor.to(factor.dtype).reshape(())
+        # On the device, so that nobody waits for it.
+        torch._assert_async(
+            torch.isclose(factor.reshape(()), expected, rtol=1e-5, atol=0),
+            "The backward came with another factor than the loss head foresaw from the schedule; "
+            "the gradients in main_grad are wrong by their quotient.",
+        )
+        to_weight = foreseen.arrived(ctx.weight) if ctx.needs_input_grad[1] else None
+        return grad_hidden, to_weight, None, None, None

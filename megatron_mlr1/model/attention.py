@@ -1,6 +1,7 @@
-"""Causal attention by torch's SDPA, for where Transformer Engine is not.
+"""Causal attention by torch, for where Transformer Engine is not.
 
-Grouped queries, documents packed into one sequence (thd), and context parallelism.
+Grouped queries, documents packed into one sequence (thd), and context parallelism. Packed documents
+go through flash attention at once on a GPU, and one by one through SDPA elsewhere.
 
 Dimensions: S tokens of this rank, B sequences, H query heads, G key and value heads, D width of a
 head, T packed tokens.
@@ -15,6 +16,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_mlr1.errors import ConfigError
@@ -108,7 +110,24 @@ class CausalAttention(nn.Module):
                 "which is not in use here. Set --context-parallel-size 1, or leave out "
                 "--dataloader-inter-document-masking."
             )
-        bounds = packed.cu_seqlens_q.tolist()
+        dropout = self.dropout if self.training else 0.0
+        if varlen_can(q_THD, dropout) and packed.max_seqlen_q is not None:
+            out_THD = varlen_attn(
+                q_THD,
+                k_TGD,
+                v_TGD,
+                packed.cu_seqlens_q,
+                packed.cu_seqlens_kv,
+                packed.max_seqlen_q,
+                packed.max_seqlen_kv,
+                scale=self.softmax_scale,
+                window_size=(-1, 0),
+            )
+            assert isinstance(out_THD, Tensor), "varlen_attn was not asked for more"
+            return out_THD.flatten(1)
+        return self._one_by_one(q_THD, k_TGD, v_TGD, packed.cu_seqlens_q.tolist())
+
+    def _one_by_one(self, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, bounds: list[int]) -> Tensor:
         documents = [
             self._attend(
                 *(x[start:end].transpose(0, 1).unsqueeze(0) for x in (q_THD, k_TGD, v_TGD))
@@ -144,3 +163,19 @@ class CausalAttention(nn.Module):
             [chunks[2 * rank] for rank in range(size)]
             + [chunks[2 * rank + 1] for rank in reversed(range(size))]
         )
+
+
+def varlen_can(q_THD: Tensor, dropout: float) -> bool:
+    """Whether torch's flash attention takes packed documents of these queries.
+
+    Its kernels are for 16-bit numbers, heads of 8, 16, .. 256, and GPUs from Ampere on; they take
+    grouped queries, and torch asks them for no dropout.
+    """
+    return (
+        q_THD.is_cuda
+        and q_THD.dtype in (torch.bfloat16, torch.float16)
+        and q_THD.size(-1) % 8 == 0
+        and q_THD.size(-1) <= 256
+        and dropout == 0.0
+        and torch.cuda.get_device_capability(q_THD.device) >= (8, 0)
+    )

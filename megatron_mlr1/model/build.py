@@ -8,7 +8,7 @@ from torch.nn.functional import silu
 
 from megatron_mlr1.errors import ConfigError
 from megatron_mlr1.model.shape import ModelShape
-from megatron_mlr1.model.spec import Kernel, block_spec
+from megatron_mlr1.model.spec import Kernel, RotationKernel, block_spec
 
 REQUIRED: dict[str, object] = {
     "qk_l2_norm": True,
@@ -80,6 +80,7 @@ def build(
     max_positions: int,
     norm_epsilon: float = 1e-5,
     swiglu_kernel: Kernel = "mlr1",
+    qk_norm_rope_kernel: RotationKernel = "mlr1",
 ) -> GPTModel:
     """Build a whole fp32 model in one process, without the engine's arguments.
 
@@ -90,11 +91,14 @@ def build(
         max_positions: positions that the rotary embedding is asked for at the most.
         norm_epsilon: what is added to the mean square in every norm, QK-norm too.
         swiglu_kernel: implementation of the activation.
+        qk_norm_rope_kernel: who takes the fused QKV apart, norms and rotates it.
     """
     config = transformer_config(shape, norm_epsilon=norm_epsilon)
     return GPTModel(
         config=config,
-        transformer_layer_spec=block_spec(config, swiglu_kernel=swiglu_kernel),
+        transformer_layer_spec=block_spec(
+            config, swiglu_kernel=swiglu_kernel, qk_norm_rope_kernel=qk_norm_rope_kernel
+        ),
         vocab_size=shape.vocab_size,
         max_sequence_length=max_positions,
         share_embeddings_and_output_weights=True,

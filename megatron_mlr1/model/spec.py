@@ -25,49 +25,101 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor, nn
 
+from megatron_mlr1.errors import ConfigError
 from megatron_mlr1.model.attention import CausalAttention
+from megatron_mlr1.model.fp8_activation import Fp8SwiGLU, build_fed
 from megatron_mlr1.model.norm import RMSNorm
-from megatron_mlr1.ops.swiglu import swiglu
+from megatron_mlr1.model.self_attention import FusedSelfAttention
+from megatron_mlr1.ops import swiglu as activation
+from megatron_mlr1.ops.libraries import require
 
-Kernel = Literal["reference", "mlr1"]
-"""Implementations of the activation, see `megatron_mlr1.ops.swiglu`."""
+Kernel = Literal["reference", "mlr1", "mlr1_fp8", "liger", "te"]
+"""Implementations of the activation: those of `megatron_mlr1.ops.swiglu`; "mlr1_fp8", which
+quantises for the layer behind it (`model.fp8_activation`); and "te", Transformer Engine's own,
+which the engine builds."""
+
+RotationKernel = Literal["reference", "mlr1"]
+"""Who splits, normalises and rotates the fused QKV: the engine, or `FusedSelfAttention`."""
 
 
 class SwiGLU(nn.Module):
     """The activation between the two linear layers of an MLP: [..., 2F] to [..., F]."""
 
-    def __init__(self, *, config: TransformerConfig, kernel: Kernel) -> None:
+    def __init__(self, *, config: TransformerConfig, kernel: activation.Kernel) -> None:
         super().__init__()
         self.kernel = kernel
 
     def forward(self, gate_up: Tensor) -> Tensor:
         """Give silu(gate) * up for [gate | up]."""
-        return swiglu(gate_up, kernel=self.kernel)
+        return activation.swiglu(gate_up, kernel=self.kernel)
 
 
 def block_spec(
-    config: TransformerConfig, *, swiglu_kernel: Kernel, vp_stage: int | None = None
+    config: TransformerConfig,
+    *,
+    swiglu_kernel: Kernel,
+    qk_norm_rope_kernel: RotationKernel = "mlr1",
+    vp_stage: int | None = None,
 ) -> TransformerBlockSubmodules | ModuleSpec:
-    """Give the layers of one pipeline stage, by the implementation that `config` names."""
-    activation = partial(SwiGLU, kernel=swiglu_kernel)
+    """Give the layers of one pipeline stage, by the implementation that `config` names.
+
+    Raises:
+        ConfigError: the activation is Transformer Engine's and the layers are not.
+        MachineError: the activation's library is not there, or has no device to run on.
+    """
+    refuse_missing(swiglu_kernel, config.transformer_impl)
+    attention = FusedSelfAttention if qk_norm_rope_kernel == "mlr1" else SelfAttention
     if config.transformer_impl == "transformer_engine":
-        return ModuleSpec(module=TransformerLayer, submodules=_transformer_engine(activation))
-    layer = ModuleSpec(module=TransformerLayer, submodules=_torch(activation))
+        submodules = _transformer_engine(swiglu_kernel, attention)
+        return ModuleSpec(module=TransformerLayer, submodules=submodules)
+    layer = ModuleSpec(module=TransformerLayer, submodules=_torch(swiglu_kernel, attention))
     num_layers = get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
 
 
-def _transformer_engine(activation: Callable[..., nn.Module]) -> TransformerLayerSubmodules:
+def refuse_missing(swiglu_kernel: Kernel, transformer_impl: str) -> None:
+    """Stop before any layer is built where the activation cannot run.
+
+    Raises:
+        ConfigError: the activation is Transformer Engine's and the layers are not.
+        MachineError: the activation's library is not there, or has no device to run on.
+    """
+    if swiglu_kernel == "te" and transformer_impl != "transformer_engine":
+        raise ConfigError(
+            "--mlr1-kernels swiglu=te is Transformer Engine's activation, but the layers are of "
+            f"--transformer-impl {transformer_impl}. Install Transformer Engine (pip install "
+            "--no-build-isolation '.[fp8]') and set --transformer-impl transformer_engine, or take "
+            "swiglu=mlr1."
+        )
+    if swiglu_kernel == "liger":
+        require("liger")
+
+
+def _activation(kernel: activation.Kernel | Literal["mlr1_fp8"]) -> Callable[..., nn.Module]:
+    return Fp8SwiGLU if kernel == "mlr1_fp8" else partial(SwiGLU, kernel=kernel)
+
+
+def _mlp(kernel: Kernel, build: Callable[..., MLP]) -> Callable[..., nn.Module]:
+    return partial(build_fed, build) if kernel == "mlr1_fp8" else build
+
+
+def _transformer_engine(
+    kernel: Kernel, attention: type[SelfAttention]
+) -> TransformerLayerSubmodules:
     layer = get_gpt_layer_with_transformer_engine_submodules(
         qk_l2_norm=True, use_te_activation_func=True
     )
-    # The engine's MLP builder carries its submodules as a keyword.
-    layer.mlp.keywords["submodules"].activation_func = activation
+    layer.self_attention.module = attention
+    if kernel != "te":
+        # The engine's MLP builder carries its submodules as a keyword.
+        layer.mlp.keywords["submodules"].activation_func = _activation(kernel)
+        layer.mlp = _mlp(kernel, layer.mlp)
     return layer
 
 
-def _torch(activation: Callable[..., nn.Module]) -> TransformerLayerSubmodules:
-    attention = SelfAttentionSubmodules(
+def _torch(kernel: Kernel, attention: type[SelfAttention]) -> TransformerLayerSubmodules:
+    assert kernel != "te", "refused where the layers are torch's"
+    qkv_to_out = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
         core_attention=CausalAttention,
         linear_proj=RowParallelLinear,
@@ -75,18 +127,20 @@ def _torch(activation: Callable[..., nn.Module]) -> TransformerLayerSubmodules:
         k_layernorm=L2Norm,
     )
     mlp = MLPSubmodules(
-        linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=activation
+        linear_fc1=ColumnParallelLinear,
+        linear_fc2=RowParallelLinear,
+        activation_func=_activation(kernel),
     )
     return TransformerLayerSubmodules(
         input_layernorm=RMSNorm,
         self_attention=ModuleSpec(
-            module=SelfAttention,
+            module=attention,
             params={"attn_mask_type": AttnMaskType.causal},
-            submodules=attention,
+            submodules=qkv_to_out,
         ),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=RMSNorm,
-        mlp=partial(MLP.as_mlp_submodule, submodules=mlp),
+        mlp=_mlp(kernel, partial(MLP.as_mlp_submodule, submodules=mlp)),
         mlp_bda=get_bias_dropout_add,
         sharded_state_dict_keys_map={
             "input_layernorm.": "self_attention.linear_qkv.layer_norm_",

@@ -10,6 +10,7 @@ from megatron_mlr1.losses.distillation import HiddenTargets, Lesson, distillatio
 from megatron_mlr1.losses.language_model import linear_language_model_loss
 from megatron_mlr1.losses.vocab_parallel import TensorParallel
 from megatron_mlr1.ops.hadamard import quantise, rotate
+from megatron_mlr1.ops.head_chunks import Chunks
 from megatron_mlr1.ops.linear_kl import Head, Objective
 from megatron_mlr1.ops.sparse_targets import SparseForm, offsets, sparse_targets
 from tests.support.softmax_losses import case, logits, loss
@@ -48,12 +49,12 @@ def weighted(inputs, alpha):
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("skip_masked", [True, False])
-def test_both_parts_are_weighed_by_alpha_and_their_own_masks(alpha, skip_masked):
+@pytest.mark.parametrize("chunks", [None, Chunks(size=5)], ids=["counted", "all"])
+def test_both_parts_are_weighed_by_alpha_and_their_own_masks(alpha, chunks):
     inputs = case()
     hidden, weight = inputs.hidden.clone().requires_grad_(), inputs.weight.clone().requires_grad_()
     lesson = lesson_of(inputs, alpha, temperature=2.0)
-    done = run(inputs, lesson, hidden, weight, skip_masked=skip_masked)
+    done = run(inputs, lesson, hidden, weight, chunks=chunks)
     (5 * done.total).backward()
     other, head = inputs.hidden.clone().requires_grad_(), inputs.weight.clone().requires_grad_()
     expected = loss(weighted(inputs, alpha), other, head, temperature=2.0)

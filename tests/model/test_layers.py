@@ -15,7 +15,7 @@ cpu.activate()
 from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
 
-from megatron_mlr1.model.attention import CausalAttention  # noqa: E402
+from megatron_mlr1.model.attention import CausalAttention, varlen_can  # noqa: E402
 from megatron_mlr1.model.build import finish, transformer_config  # noqa: E402
 from megatron_mlr1.model.norm import RMSNorm  # noqa: E402
 from megatron_mlr1.model.one_process import one_process  # noqa: E402
@@ -91,6 +91,90 @@ def test_packed_documents_attend_to_themselves_alone(attention, lengths):
     expected = with_gradients(torch.cat(alone).squeeze(1), inputs)
     for got, want in zip(with_gradients(out, inputs), expected, strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "dropout"),
+    [(torch.bfloat16, 64, 0.0), (torch.float32, 64, 0.0), (torch.bfloat16, 64, 0.1)],
+)
+def test_on_the_cpu_documents_are_attended_one_by_one(dtype, width, dropout):
+    assert not varlen_can(torch.zeros(2, 1, width, dtype=dtype), dropout)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dtype", "width", "dropout", "can"),
+    [
+        (torch.bfloat16, 64, 0.0, True),
+        (torch.float16, 256, 0.0, True),
+        (torch.float32, 64, 0.0, False),
+        (torch.bfloat16, 20, 0.0, False),
+        (torch.bfloat16, 264, 0.0, False),
+        (torch.bfloat16, 64, 0.1, False),
+    ],
+)
+def test_flash_attention_is_asked_only_for_what_it_can(dtype, width, dropout, can):
+    assert varlen_can(torch.zeros(2, 1, width, dtype=dtype, device="cuda"), dropout) == can
+
+
+def packed_on_gpu(lengths, seed=0):
+    """Queries, keys and values of 9 and 3 heads of 64 in bf16, and where the documents begin."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = [
+        torch.randn(sum(lengths), heads, 64, generator=generator)
+        .to("cuda", torch.bfloat16)
+        .requires_grad_()
+        for heads in (9, 3, 3)
+    ]
+    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device="cuda")
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
+    )
+    return inputs, packed
+
+
+def attend(attention, inputs, packed):
+    return attention(*inputs, None, attn_mask_type=AttnMaskType.causal, packed_seq_params=packed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [[64, 64], [1, 130, 2, 300], [512]], ids=str)
+def test_flash_attention_within_documents_is_the_loop_over_documents(attention, lengths):
+    inputs, packed = packed_on_gpu(lengths)
+    together = with_gradients(attend(attention, inputs, packed), inputs)
+    one_by_one = attention._one_by_one(*inputs, packed.cu_seqlens_q.tolist())
+    expected = with_gradients(one_by_one, inputs)
+    for got, want in zip(together, expected, strict=True):
+        assert got.dtype == torch.bfloat16
+        # Both round to 2^-8 what they sum in fp32, in other tiles, and the probabilities too.
+        torch.testing.assert_close(got.float(), want.float(), rtol=2**-6, atol=2**-6)
+
+
+@pytest.mark.gpu
+def test_no_bit_of_a_document_depends_on_another(attention):
+    inputs, packed = packed_on_gpu([100, 30, 250])
+    before = attend(attention, inputs, packed)
+    with torch.no_grad():
+        for x in inputs:
+            x[110] += 1
+    after = attend(attention, inputs, packed)
+    differ = (before != after).any(-1).nonzero().flatten().tolist()
+    assert differ == list(range(110, 130))
+
+
+@pytest.mark.gpu
+def test_no_document_makes_the_host_wait(attention):
+    inputs, packed = packed_on_gpu([100, 30, 250])
+    attend(attention, inputs, packed)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        attend(attention, inputs, packed).float().sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("shape", [(4, 2, 24), (1, 1, 24), (7, 3, 24)], ids=str)

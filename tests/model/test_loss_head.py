@@ -1,13 +1,8 @@
 """The loss head in the engine's model and schedules, against the engine's own head and loss."""
 
-from itertools import product
-from types import SimpleNamespace
-
 import pytest
 import torch
 
-from megatron_mlr1 import cpu
-from megatron_mlr1.errors import ConfigError
 from tests.support.world import run_in_world
 
 LAYOUTS = {
@@ -30,6 +25,8 @@ LAYOUTS = {
     "pipeline": {"pipeline": 2, "tied": False},
 }
 LIMIT = 1e-6
+SCALE = 8.0
+"""Loss scale: a power of two, so that it rounds nothing."""
 LENGTH, BATCH, MICRO_BATCHES, VOCABULARY = 16, 2, 2, 64
 
 
@@ -51,12 +48,14 @@ def compare(name, dtype=torch.float32):
         **{k: v for k, v in LAYOUTS[name].items() if k in ("tensor", "pipeline")}
     ) as groups:
         model = build_model(groups, dtype, **LAYOUTS[name])
-        theirs, ours = (train_step(model, kernel) for kernel in ("reference", "mlr1"))
-        evaluated = [train_step(model, k, evaluate=True) for k in ("reference", "mlr1")]
-    assert theirs.keys() == ours.keys()
+        theirs = train_step(model, "reference")
+        ours = {kernel: train_step(model, kernel) for kernel in ("mlr1", "foreseen")}
+        evaluated = [train_step(model, k, evaluate=True) for k in ("reference", "foreseen")]
     assert len(theirs) > 3
-    errors = {key: relative(ours[key], theirs[key]) for key in theirs}
-    errors |= {f"evaluated {k}": relative(evaluated[1][k], v) for k, v in evaluated[0].items()}
+    errors = {f"evaluated {k}": relative(evaluated[1][k], v) for k, v in evaluated[0].items()}
+    for kernel, answer in ours.items():
+        assert answer.keys() == theirs.keys()
+        errors |= {f"{kernel} {key}": relative(answer[key], theirs[key]) for key in theirs}
     return errors
 
 
@@ -143,14 +142,31 @@ def build_model(
 
 def train_step(model, kernel, *, evaluate=False):
     """Losses and main gradients of two micro-batches through the engine's schedule."""
+    from megatron_mlr1.model.head_kernels import HeadKernels
+    from megatron_mlr1.model.loss_head import LossHead
+
+    # As training ties them.
+    model.config.grad_scale_func = lambda loss: SCALE * loss
+    foresees = {} if kernel != "foreseen" else {"num_micro_batches": lambda: MICRO_BATCHES}
+    kernels = HeadKernels(cross_entropy="reference" if kernel == "reference" else "mlr1")
+    head = LossHead(model.config, vocab_size=VOCABULARY, kernels=kernels, **foresees)
+    model.zero_grad_buffer()
+    with torch.set_grad_enabled(not evaluate):
+        reports = run_schedule(model, head, evaluate)
+    answer = {}
+    if reports:
+        answer["log"] = torch.stack([report["lm loss"] for report in reports])
+    if evaluate:
+        assert not any(p.main_grad.any() for p in model.parameters())
+        return answer
+    return answer | {name: p.main_grad.clone() for name, p in model.named_parameters()}
+
+
+def run_schedule(model, head, evaluate):
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megatron_mlr1.model.loss_head import LossHead
-
-    head = LossHead(model.config, vocab_size=VOCABULARY, kernel=kernel)
-    model.zero_grad_buffer()
-    reports = get_forward_backward_func()(
+    return get_forward_backward_func()(
         forward_step_func=lambda data, model: forward_step(data, model, head),
         data_iterator=batches(parallel_state.get_data_parallel_rank()),
         model=model,
@@ -159,12 +175,6 @@ def train_step(model, kernel, *, evaluate=False):
         micro_batch_size=BATCH,
         forward_only=evaluate,
     )
-    answer = {}
-    if reports:
-        answer["log"] = torch.stack([report["lm loss"] for report in reports])
-    if not evaluate:
-        answer |= {name: p.main_grad.clone() for name, p in model.named_parameters()}
-    return answer
 
 
 def forward_step(data, model, head):
@@ -185,7 +195,8 @@ def batches(rank):
 def with_teacher():
     """Errors of a distilled micro-batch with tensor and sequence parallelism, by definition."""
     from megatron_mlr1.losses.distillation import HiddenTargets, Lesson
-    from megatron_mlr1.model.loss_head import LossHead
+    from megatron_mlr1.model.head_kernels import HeadKernels
+    from megatron_mlr1.model.loss_head import LossHead, Teacher
     from megatron_mlr1.ops.linear_kl import Objective
     from tests.support.softmax_losses import divergence
 
@@ -201,8 +212,8 @@ def with_teacher():
         head = LossHead(
             model.config,
             vocab_size=VOCABULARY,
-            kernel="mlr1",
-            teacher_weight=teacher_weight[rows],
+            kernels=HeadKernels(),
+            teacher=Teacher(num_ids=VOCABULARY, weight=teacher_weight[rows]),
         )
         lesson = Lesson(
             targets=HiddenTargets(hidden=states[half]),
@@ -246,73 +257,3 @@ def test_in_bf16_they_differ_by_the_engines_rounding_alone(answers):
 def test_a_teachers_hidden_states_join_at_the_same_place(answers):
     for answer in answers:
         assert max(answer["teacher"].values()) < LIMIT
-
-
-@pytest.fixture(scope="module")
-def loss_head():
-    cpu.activate()
-    from megatron_mlr1.model import loss_head
-
-    return loss_head
-
-
-CONFIG = {
-    "use_mup": False,
-    "mtp_num_layers": None,
-    "defer_embedding_wgrad_compute": False,
-    "cuda_graph_impl": "none",
-}
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"use_mup": True}, {"mtp_num_layers": 1}, {"defer_embedding_wgrad_compute": True}],
-    ids=str,
-)
-def test_heads_that_do_more_are_refused_by_the_fused_loss_alone(loss_head, change):
-    config = SimpleNamespace(**CONFIG | change)
-    flag = next(iter(change)).replace("_", "-")
-    with pytest.raises(ConfigError, match=f"--{flag}"):
-        loss_head.LossHead(config, vocab_size=8, kernel="mlr1")
-    loss_head.LossHead(config, vocab_size=8, kernel="reference")
-
-
-def call(loss_head, layer, **words):
-    head = loss_head.LossHead(SimpleNamespace(**CONFIG), vocab_size=8, kernel="mlr1")
-    return head(
-        hidden_states=torch.randn(3, 1, 4),
-        output_layer=layer,
-        output_weight=None,
-        labels=torch.tensor([[0, 1, 2]]),
-        loss_mask=torch.ones(1, 3),
-        context=None,
-        compute_language_model_loss=None,
-        **words,
-    )
-
-
-def test_parameters_are_waited_for_before_they_are_read(loss_head):
-    layer = torch.nn.Linear(4, 8, bias=False)
-    layer.tp_group, layer.sequence_parallel = None, False
-    stale = call(loss_head, layer, position_ids=None).total
-
-    def arrive(module, *_):
-        module.weight.data.zero_()
-
-    layer.register_forward_pre_hook(arrive)
-    fresh = call(loss_head, layer).total
-    assert stale != fresh
-    torch.testing.assert_close(fresh, torch.tensor(3 * 8.0).div(3).log() * 3)
-
-
-@pytest.mark.parametrize(("marks", "expected"), list(product([{}, {"zero_out_wgrad": True}], [1])))
-def test_a_main_gradient_takes_the_gradient_in_fp32(loss_head, marks, expected):
-    weight = torch.nn.Parameter(torch.zeros(2, 3, dtype=torch.bfloat16))
-    weight.main_grad = torch.ones(2, 3)
-    for name, value in marks.items():
-        setattr(weight, name, value)
-    grad = torch.full((2, 3), 1 + 2**-12)
-    given = loss_head.add_to_main_grad(weight, grad, torch.tensor(2.0))
-    assert (given is None) == bool(marks)
-    assert weight.grad_added_to_main_grad
-    assert weight.main_grad.eq(1 + 2 * (1 + 2**-12)).all()

@@ -24,9 +24,11 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def measure(root: Path) -> dict[str, Any]:
     prefix = write_corpus(root / "c_text_document")
-    model, step = model_and_step()
+    (model, engines), step = models_and_step()
     before = losses_of(prefix, model, step)
     documents = documents_of(before["batch"])
+    alone = [loss_alone(before["batch"], document, model) for document in documents]
+    rotated_by_the_engine = losses_of(prefix, engines, step)["losses"]
     changed = next(d for d in documents if len(d) > 4)
     place = 2
     token = before["batch"]["tokens"].flatten()[changed[place]].item()
@@ -34,6 +36,8 @@ def measure(root: Path) -> dict[str, Any]:
     return {
         "before": before,
         "after": losses_of(prefix, model, step),
+        "alone": alone,
+        "rotated by the engine": rotated_by_the_engine,
         "documents": documents,
         "changed": changed,
         "places": changed[place:],
@@ -63,8 +67,8 @@ def change(prefix: str, token: int) -> None:
     tokens.flush()
 
 
-def model_and_step() -> tuple[Any, Any]:
-    """A small model with its weights as they start, and the engine's forward step."""
+def models_and_step() -> tuple[list[Any], Any]:
+    """A small model, one of the same weights that the engine rotates, the engine's forward step."""
     import torch
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -72,6 +76,7 @@ def model_and_step() -> tuple[Any, Any]:
 
     from megatron_mlr1.engine.forward import ForwardStep
     from megatron_mlr1.model.build import build
+    from megatron_mlr1.model.head_kernels import HeadKernels
     from megatron_mlr1.model.shape import ModelShape
 
     torch.manual_seed(0)
@@ -87,7 +92,12 @@ def model_and_step() -> tuple[Any, Any]:
         vocab_size=VOCABULARY,
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    model = build(shape, groups, rotary_base=500_000, max_positions=LENGTH)
+    # Angles that turn every pair far within a document, so that a wrong distance is seen.
+    models = [
+        build(shape, groups, rotary_base=10, max_positions=LENGTH, qk_norm_rope_kernel=kernel)
+        for kernel in ("mlr1", "reference")
+    ]
+    models[1].load_state_dict(models[0].state_dict())
     args = Namespace(
         dataloader_inter_document_masking=True,
         context_parallel_size=1,
@@ -97,7 +107,7 @@ def model_and_step() -> tuple[Any, Any]:
         eval_micro_batch_size=BATCH,
         seq_length=LENGTH,
     )
-    return model, ForwardStep(args, "mlr1")
+    return models, ForwardStep(args, HeadKernels())
 
 
 def losses_of(prefix: str, model: Any, step: Any) -> dict[str, Any]:
@@ -123,6 +133,21 @@ def losses_of(prefix: str, model: Any, step: Any) -> dict[str, Any]:
             loss, _ = step(iter([{**batch, "loss_mask": alone}]), model)
         sums.append(loss.total.item())
     return {"batch": batch, "losses": sums}
+
+
+def loss_alone(batch: Any, document: range, model: Any) -> float:
+    """Sum of a document's losses, run as a batch of its own that knows no bounds."""
+    import torch
+
+    places = list(document)
+    tokens, labels, mask = (
+        batch[name].flatten()[places] for name in ("tokens", "labels", "loss_mask")
+    )
+    positions = torch.arange(len(places))
+    with torch.no_grad():
+        logits = model(tokens[None], positions[None], None)[0]
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    return float((losses * mask).sum())
 
 
 def documents_of(batch: Any) -> list[range]:
@@ -151,6 +176,15 @@ def test_no_bit_of_any_other_documents_loss_changes(measured):
     assert differ == [measured["changed"]]
     assert len(documents) > 5
     assert sum(loss > 0 for loss in before) > 5
+
+
+def test_every_document_has_the_loss_that_it_has_alone(measured):
+    assert measured["before"]["losses"] == pytest.approx(measured["alone"], rel=1e-5)
+
+
+def test_the_engines_rotation_gives_the_same_losses(measured):
+    expected = pytest.approx(measured["rotated by the engine"], rel=2e-6)
+    assert measured["before"]["losses"] == expected
 
 
 def test_no_loss_is_taken_where_the_label_is_another_documents(measured):
