@@ -3,6 +3,8 @@
 #   PYTHON=/path/to/python3.12   which Python `.venv` is made from (else the first that fits)
 #   EXTRAS=dev,dali               which extras of the package `.venv` gets
 #   MLR1_EXTENSION=require       stop where the compiled ops cannot be built (else: go on without)
+#   SETUP=no                     install and build nothing; run by $(PYTHON), or by `python` where it
+#                                is not given (a GPU node without a network: docs/performance.md)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -o errexit -o nounset -o pipefail -c
@@ -23,6 +25,14 @@ export PIP_ROOT_USER_ACTION := ignore
 export PYTHONUNBUFFERED := 1
 MLR1_EXTENSION ?= auto
 EXTRAS ?= dev
+SETUP ?= yes
+# With SETUP=no nothing is installed, so this folder itself is where Python finds the package.
+ifeq ($(SETUP),no)
+RUN := $(or $(PYTHON),python)
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+else
+RUN := python
+endif
 
 .PHONY: help
 help: ## what there is
@@ -42,11 +52,11 @@ distill: setup ## a teacher, three replicas of it, a student that learns from th
 
 .PHONY: test
 test: setup ## the tests; what this machine cannot run is skipped, with the reason
-	@pytest </dev/null
+	@$(RUN) -m pytest </dev/null
 
 .PHONY: test-slow
 test-slow: setup ## the tests that `make test` leaves out because they take long
-	@pytest -m slow </dev/null
+	@$(RUN) -m pytest -m slow </dev/null
 
 .PHONY: lint
 lint: setup ## lint, format, types, import contracts
@@ -55,20 +65,57 @@ lint: setup ## lint, format, types, import contracts
 	@mypy
 	@lint-imports
 
+# SANITIZE=memcheck takes one of the tools; compute-sanitizer comes with the CUDA toolkit.
+SANITIZE ?= memcheck racecheck synccheck
+
 .PHONY: gpu-check
-gpu-check: setup ## every test that needs a GPU, then every benchmark
-	@python -m megatron_mlr1.doctor --need-gpu
-	@pytest -m gpu </dev/null
-	@for benchmark in benchmarks/bench_*.py; do \
-	    echo "== $$benchmark"; python "$$benchmark" </dev/null || exit; done
+gpu-check: has-gpu compiled ## every test that needs a GPU, then compute-sanitizer over the ops
+	@$(RUN) -m pytest -m gpu </dev/null
+	@sanitizer=$$(PATH="$$PATH:/usr/local/cuda/bin" command -v compute-sanitizer || true); \
+	if [[ -z "$$sanitizer" ]]; then \
+	    echo "NOT CHECKED: there is no compute-sanitizer here (it comes with the CUDA toolkit)."; exit; \
+	fi; \
+	for tool in $(SANITIZE); do \
+	    echo "== compute-sanitizer --tool $$tool"; \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$$sanitizer" --tool "$$tool" --error-exitcode 1 \
+	        $(RUN) -m pytest -m gpu tests/ops </dev/null || exit; done
+
+# The most wanted first. One that fails does not keep the others from running.
+GPU_BENCHMARKS := step linear_cross_entropy linear_kl swiglu swiglu_fp8 qk_norm_rope convergence
+# Flags of the benchmark of the whole step: make bench-gpu STEP="--models 950m --minutes 10"
+STEP ?=
+
+.PHONY: bench-gpu
+bench-gpu: has-gpu compiled ## every benchmark of a GPU; the tables go to benchmarks/results/DEVICE/
+	@failed=; step="$(STEP)"; \
+	for name in $(GPU_BENCHMARKS); do \
+	    echo "== $$name"; flags=; if [[ $$name == step ]]; then flags=$$step; fi; \
+	    $(RUN) -m "benchmarks.bench_$$name" --save $$flags </dev/null || failed+=" $$name"; done; \
+	if [[ -n "$$failed" ]]; then echo "Failed:$$failed" >&2; exit 1; fi
 
 .PHONY: bench
 bench: setup ## every benchmark, on what this machine has
 	@for benchmark in benchmarks/bench_*.py; do \
-	    echo "== $$benchmark"; python "$$benchmark" </dev/null || exit; done
+	    echo "== $$benchmark"; name=$${benchmark##*/}; \
+	    $(RUN) -m "benchmarks.$${name%.py}" </dev/null || exit; done
+
+.PHONY: has-gpu
+has-gpu: setup ## stop where there is no GPU that torch can use
+	@$(RUN) -m megatron_mlr1.doctor --need-gpu
+
+# A check of kernels that are not there would check their definitions.
+.PHONY: compiled
+compiled: has-gpu ## stop where the ops have no kernels for it
+	@$(RUN) -c 'import sys; import megatron_mlr1.ops.swiglu; \
+	from megatron_mlr1.ops.extension import has_row; \
+	sys.exit(not has_row("mlr1::swiglu", "CUDA"))' || { \
+	    echo "There are no compiled ops for a GPU here, and this is about them. Build them where" >&2; \
+	    echo "nvcc is: make extension, or, where nothing may be installed," >&2; \
+	    echo "MLR1_EXTENSION=require $(RUN) setup.py build_ext --inplace" >&2; \
+	    exit 1; }
 
 .PHONY: setup
-setup: $(EXTENSION) ## .venv with pinned packages, and the compiled ops
+setup: $(if $(filter no,$(SETUP)),,$(EXTENSION)) ## .venv with pinned packages, and the compiled ops
 	@:
 
 .PHONY: extension

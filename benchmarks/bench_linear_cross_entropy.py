@@ -1,175 +1,194 @@
-"""Claim: the fused head and cross-entropy take less memory than torch's, and no more time.
+"""Claim: the fused head and cross-entropy take less memory than their peers, and no more time.
 
-Value and both gradients of one loss at the published widths over 128,256 ids. Every row runs in a
-process of its own: microseconds a token of the clock and of all threads together, and the peak of
-memory above the inputs (on a CPU resident memory, on a GPU what torch allocated). `--save` keeps
-the table in benchmarks/results/.
+Value and both gradients of one loss at the published widths over 128,256 ids. The row of the three
+products alone is what cuBLAS takes (on a CPU: torch's library): no loss can be faster that does not
+leave products out.
 """
 
-import argparse
-import multiprocessing
-import os
-import platform
-import re
-import statistics
-import time
 from collections.abc import Callable
-from importlib.util import find_spec
-from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.nn import functional
 
-RESULTS = Path(__file__).parent / "results" / "linear_cross_entropy.md"
+from benchmarks.frame import contest, machine
+from benchmarks.frame.contest import Case, Contest, Entrant, Step
+from benchmarks.frame.roofline import Work
+from benchmarks.frame.table import parser
+from megatron_mlr1.ops import libraries
+
+STEM = "linear_cross_entropy"
 VOCABULARY = 128_256
-WIDTHS = {"cpu": (576, 1536), "cuda": (576, 1024, 1536)}
-TOKENS = {"cpu": (1024,), "cuda": (4096, 16384, 32768)}
-DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
-REPEATS = {"cpu": 1, "cuda": 20}
-Step = Callable[[Tensor, Tensor, Tensor], object]
+WIDTHS = {"cpu": (576, 1536), "cuda": (1536, 576, 1024)}
+TOKENS = {"cpu": (1024,), "cuda": (32768, 4096)}
+PRODUCT_ROWS = 8192
+"""Tokens of one of the products that are measured alone; their logits are 2.1 GB in bf16."""
 
 
 def main() -> None:
     """Measure on the GPU where there is one, else on the CPU."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--save", action="store_true", help=f"write the table to {RESULTS.name}")
-    save = parser.parse_args().save
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    load = os.getloadavg()[0]
-    lines = [
-        "# Linear head and cross-entropy",
-        "",
-        f"{machine(device)}, load before the start {load:.1f}; torch {torch.__version__}; "
-        f"{VOCABULARY:,} ids, {str(DTYPES[device]).removeprefix('torch.')}; forward and backward; "
-        f"median of {REPEATS[device]} after a warm-up.",
-        "",
-        "| width | tokens | implementation | us/token | TFLOP/s | CPU us/token | peak GB |",
-        "|---:|---:|---|---:|---:|---:|---:|",
-    ]
-    for width in WIDTHS[device]:
-        for tokens in TOKENS[device]:
-            for name in STEPS:
-                lines.append(row(device, width, tokens, name))
-                print(lines[-1], flush=True)
-    lines += ["", *notes(device)]
-    print("\n".join(lines))
-    if save:
-        RESULTS.write_text("\n".join(lines) + "\n")
+    made = parser(__doc__, STEM)
+    made.add_argument("--widths", type=int, nargs="+", default=WIDTHS[machine.device()])
+    made.add_argument("--tokens", type=int, nargs="+", default=TOKENS[machine.device()])
+    options = made.parse_args()
+    cases = [case(width, tokens) for tokens in options.tokens for width in options.widths]
+    contest.hold(CONTEST, cases, save=options.save)
 
 
-def row(device: str, width: int, tokens: int, name: str) -> str:
-    """Measure one implementation in a fresh process."""
-    start = f"| {width} | {tokens} | {name} |"
-    if name in LIGER and (reason := no_liger(device)):
-        return f"{start} {reason} | | | |"
-    context = multiprocessing.get_context("spawn")
-    receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=measure, args=(device, width, tokens, name, send))
-    process.start()
-    send.close()
-    try:
-        seconds, cpu_seconds, peak = receive.recv()
-    except EOFError:
-        process.join()
-        return f"{start} ended with code {process.exitcode} | | | |"
-    process.join()
-    tera = 6 * width * VOCABULARY * tokens / seconds / 1e12
-    wall, cpu = (value / tokens * 1e6 for value in (seconds, cpu_seconds))
-    return f"{start} {wall:,.1f} | {tera:.3g} | {cpu:,.1f} | {peak / 1e9:.2f} |"
+def case(width: int, tokens: int) -> Case:
+    """Describe one size: three products; hidden states, head and their gradients moved once."""
+    size = contest.dtype_here().itemsize
+    moved = 2 * width * (tokens + VOCABULARY) * size
+    return Case(
+        cells=(f"{width}", f"{tokens}"),
+        tokens=tokens,
+        width=width,
+        work=Work(flops=6 * width * VOCABULARY * tokens, bytes=moved),
+    )
 
 
-def measure(device: str, width: int, tokens: int, name: str, send: object) -> None:
-    """Run one implementation: seconds of a step, and bytes above the inputs."""
-    torch.manual_seed(0)
-    dtype = DTYPES[device]
-    hidden = torch.randn(tokens, width, device=device, dtype=dtype, requires_grad=True)
-    weight = torch.empty(VOCABULARY, width, device=device, dtype=dtype)
-    weight.normal_(std=0.02).requires_grad_()
-    labels = torch.randint(0, VOCABULARY, (tokens,), device=device)
-    step = STEPS[name]
-    # The first tokens alone load what is loaded once.
-    step(hidden[:8].detach().requires_grad_(), weight, labels[:8])
-    weight.grad = None
-    before = memory(device, reset=True)
-    times, cpu_begin = [], time.process_time()
-    for _ in range(REPEATS[device]):
-        hidden.grad = weight.grad = None
-        begin = time.perf_counter()
-        step(hidden, weight, labels)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    cpu_seconds = (time.process_time() - cpu_begin) / REPEATS[device]
-    answer = statistics.median(times), cpu_seconds, memory(device) - before
-    send.send(answer)  # type: ignore[attr-defined]
+def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """Make hidden states, head and labels."""
+    hidden = contest.random(case.tokens, case.width, grad=True)
+    weight = contest.random(VOCABULARY, case.width, std=0.02, grad=True)
+    labels = torch.randint(0, VOCABULARY, (case.tokens,), device=machine.device())
+    return hidden, weight, labels
 
 
-def memory(device: str, *, reset: bool = False) -> int:
-    """Give the highest memory since the last reset, in bytes."""
-    if device == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.max_memory_allocated()
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    status = Path("/proc/self/status").read_text()
-    peak = re.search(r"VmHWM:\s+(\d+) kB", status)
-    assert peak, "this kernel does not count the peak of resident memory"
-    return int(peak[1]) * 1024
+def mlr1(case: Case, logits: torch.dtype | None = None) -> Step:
+    """Ours, as the loss head calls it: the head's gradient is added to an fp32 buffer."""
+    from megatron_mlr1.losses.language_model import counted_rows, linear_language_model_loss
+    from megatron_mlr1.losses.vocab_parallel import Foreseen, TensorParallel
+    from megatron_mlr1.ops.head_chunks import Chunks
 
-
-def fused(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
-    """Ours, as the loss head calls it."""
-    from megatron_mlr1.losses.language_model import linear_language_model_loss
-    from megatron_mlr1.losses.vocab_parallel import TensorParallel
-
-    parallel = TensorParallel(group=None, num_ids=VOCABULARY)
+    hidden, weight, labels = inputs(case)
     mask = torch.ones_like(labels)
-    linear_language_model_loss(hidden, weight, labels, mask, parallel=parallel).total.backward()
+    main_grad = torch.zeros_like(weight, dtype=torch.float32)
+    one = torch.ones((), device=hidden.device)
+
+    def step() -> None:
+        hidden.grad = weight.grad = None
+        linear_language_model_loss(
+            hidden,
+            weight,
+            labels,
+            mask,
+            parallel=TensorParallel(group=None, num_ids=VOCABULARY),
+            chunks=Chunks(rows=counted_rows(mask), logits=logits),
+            deliver=Foreseen(factor=one, into=main_grad, arrived=lambda _: None),
+        ).total.backward()
+
+    return step
 
 
-def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
+def mlr1_bf16(case: Case) -> Step:
+    """Ours with its logits kept in bf16, as with --mlr1-logits bf16."""
+    return mlr1(case, torch.bfloat16)
+
+
+def products(case: Case) -> Step:
+    """The three products alone, in chunks of tokens as a fused loss needs them."""
+    hidden, weight, _ = (tensor.detach() for tensor in inputs(case))
+    parts = hidden.split(PRODUCT_ROWS)
+    logits = hidden.new_empty(min(PRODUCT_ROWS, case.tokens), VOCABULARY)
+    grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
+    grad_parts = grad_hidden.split(PRODUCT_ROWS)
+
+    def step() -> None:
+        for number, (part, grad_part) in enumerate(zip(parts, grad_parts, strict=True)):
+            out = logits[: len(part)]
+            torch.mm(part, weight.t(), out=out)
+            torch.mm(out, weight, out=grad_part)
+            torch.addmm(grad_weight, out.t(), part, beta=int(number > 0), out=grad_weight)
+
+    return step
+
+
+def plain(case: Case) -> Step:
     """torch's product and cross-entropy, in fp32 behind the product as the engine has it."""
-    logits = functional.linear(hidden, weight)
-    functional.cross_entropy(logits.float(), labels, reduction="sum").backward()
+    hidden, weight, labels = inputs(case)
+
+    def step() -> None:
+        hidden.grad = weight.grad = None
+        logits = functional.linear(hidden, weight)
+        functional.cross_entropy(logits.float(), labels, reduction="sum").backward()
+
+    return step
 
 
-def liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
+def megatron(case: Case) -> Step:
+    """The engine's native fused cross-entropy behind a product."""
+    from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
+    from torch._C._distributed_c10d import HashStore
+
+    hidden, weight, labels = inputs(case)
+    if not distributed.is_initialized():
+        distributed.init_process_group("nccl", store=HashStore(), rank=0, world_size=1)
+    group = distributed.group.WORLD
+
+    def step() -> None:
+        hidden.grad = weight.grad = None
+        logits = functional.linear(hidden, weight)[:, None]
+        fused_vocab_parallel_cross_entropy(logits, labels[:, None], group).sum().backward()
+
+    return step
+
+
+def library(case: Case, function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Step:
+    """One of the libraries that --mlr1-kernels can choose, called as there."""
+    hidden, weight, labels = inputs(case)
+
+    def step() -> None:
+        hidden.grad = weight.grad = None
+        function(hidden, weight, labels).backward()
+
+    return step
+
+
+def liger(case: Case) -> Step:
     """Liger's fused linear cross-entropy."""
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-    LigerFusedLinearCrossEntropyLoss(reduction="sum")(weight, hidden, labels).backward()
+    return library(case, libraries.liger_cross_entropy)
 
 
-STEPS: dict[str, Step] = {
-    "mlr1": fused,
-    "torch: linear, cross_entropy": plain,
-    "Liger: fused linear cross-entropy": liger,
-}
-LIGER = {"Liger: fused linear cross-entropy"}
+def quack(case: Case) -> Step:
+    """The chunked linear cross-entropy of quack."""
+    return library(case, libraries.quack_cross_entropy)
 
 
-def no_liger(device: str) -> str | None:
-    """Say why Liger cannot run here."""
-    if device != "cuda":
-        return "left out: Triton needs a GPU"
-    return None if find_spec("liger_kernel") else "left out: liger-kernel is not installed"
-
-
-def notes(device: str) -> list[str]:
-    """What a reader of the figures must know."""
-    text = "mlr1 includes the tokens' compaction and gradients of hidden states and head in fp32."
-    if device == "cpu":
-        text += " torch keeps whole logits and their gradients; ours does not grow with the tokens."
-    return [text, "", "Measured by `python benchmarks/bench_linear_cross_entropy.py --save`."]
-
-
-def machine(device: str) -> str:
-    """Name of what was measured."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+CONTEST = Contest(
+    stem=STEM,
+    title="Linear head and cross-entropy",
+    about=f"{VOCABULARY:,} ids, bf16 on a GPU and fp32 on a CPU; forward and backward.",
+    columns=(">width", ">tokens"),
+    rate="TFLOP/s",
+    entrants=(
+        Entrant(name="mlr1", prepare=mlr1),
+        Entrant(name="mlr1, --mlr1-logits bf16", prepare=mlr1_bf16),
+        Entrant(name="the three products alone", prepare=products),
+        Entrant(name="torch: linear, cross_entropy", prepare=plain),
+        Entrant(
+            name="Megatron-Core: linear, native fused cross-entropy",
+            prepare=megatron,
+            needs=("megatron.core", "megatron-core"),
+        ),
+        Entrant(
+            name="Liger: fused linear cross-entropy",
+            prepare=liger,
+            needs=("liger_kernel", "liger-kernel"),
+        ),
+        Entrant(
+            name="quack: chunked linear cross-entropy",
+            prepare=quack,
+            needs=("quack", "quack-kernels"),
+        ),
+    ),
+    notes=(
+        "mlr1 includes the tokens' compaction, and adds the gradient of the head to the engine's "
+        "fp32 buffer, which is no part of its peak. The products alone, and the others, write it "
+        "in the type of the head. What keeps whole logits grows with the tokens in memory; mlr1 "
+        "does not.",
+    ),
+)
 
 
 if __name__ == "__main__":

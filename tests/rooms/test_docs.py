@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser
 
+from benchmarks import bench_step
 from megatron_mlr1 import cpu
 from megatron_mlr1.recipes import expand
 from megatron_mlr1.recipes.sheet import names
@@ -43,8 +44,10 @@ NOT_OURS = {
     | {"--container-image", "--container-mounts"},
     "tensorboard": {"--logdir"},
     "pip": {"--no-build-isolation"},
+    "setup.py": {"--inplace"},
 }
 """Flags of programs that are not here to be asked."""
+STEP = bench_step.words_parser("cpu")
 
 
 def commands(document):
@@ -106,7 +109,7 @@ def help_of(words):
 
 @pytest.fixture(scope="module")
 def known(engine):
-    """Every flag that a program of tools/, the engine's parser or torchrun has."""
+    """Every flag that a program of tools/, the step's benchmark, the engine or torchrun has."""
     programs = [
         *([path.name] for path in (ROOT / "tools").glob("*.py")),
         ["recipes.py", "show"],
@@ -114,7 +117,12 @@ def known(engine):
         ["convert_checkpoint.py", "hf-to-megatron"],
         *(["mixture.py", word] for word in ("show", "tokens", "plot")),
     ]
-    flags = flags_of(engine) | flags_of(get_args_parser()) | set().union(*NOT_OURS.values())
+    flags = (
+        flags_of(engine)
+        | flags_of(get_args_parser())
+        | flags_of(STEP)
+        | set().union(*NOT_OURS.values())
+    )
     return flags.union(*(FLAG.findall(help_of(program)) for program in programs))
 
 

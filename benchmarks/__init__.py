@@ -1,0 +1,1 @@
+"""Programs that measure a claim each: `python -m benchmarks.bench_<claim>`."""

@@ -1,0 +1,1 @@
+"""What the benchmarks share: clocks, rooflines, tables, runs of the product."""

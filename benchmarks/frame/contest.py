@@ -1,0 +1,260 @@
+"""Several implementations of one op over the same inputs, each in a process of its own."""
+
+import gc
+import multiprocessing
+import re
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from benchmarks.frame import machine, roofline
+from benchmarks.frame.roofline import Work
+from benchmarks.frame.table import Table, kept_in, measured_by
+from megatron_mlr1.errors import Mlr1Error
+
+Step = Callable[[], object]
+SEED = 0
+SPEED = ("implementation", ">ms", ">us/token", ">rate", ">of roofline", ">peak GB", ">CPU ms")
+SECONDS = 1.0
+"""How long one implementation is repeated, if it is at least `LEAST` and at most `MOST` times."""
+LEAST = {"cpu": 1, "cuda": 5}
+MOST = 200
+OURS = "mlr1"
+"""What the names of our own implementations begin with."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """One size of the problem."""
+
+    cells: tuple[str, ...]
+    """What stands in the first columns of its rows."""
+    tokens: int
+    width: int
+    """Of the hidden states, or of the feed-forward layer."""
+    work: Work
+    """What any implementation must do."""
+    part: str = ""
+    """What of the op is run, where there is a choice."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entrant:
+    """One implementation."""
+
+    name: str
+    prepare: Callable[[Case], Step]
+    """Makes the inputs of a case on the device and gives what is timed; a function of a module."""
+    needs: tuple[str, str] | None = None
+    """Module and distribution of a peer that runs on a GPU alone; None runs anywhere."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """What one implementation took for one step."""
+
+    seconds: float
+    """Median."""
+    cpu_seconds: float
+    """Of all threads together, on average."""
+    peak_bytes: int
+    """Above the inputs: on a GPU what torch allocated, on a CPU resident memory."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contest:
+    """All of a table."""
+
+    stem: str
+    title: str
+    about: str
+    columns: tuple[str, ...]
+    """Names of `Case.cells`."""
+    rate: Literal["TFLOP/s", "GB/s"]
+    entrants: Sequence[Entrant]
+    notes: tuple[str, ...] = ()
+
+
+def hold(contest: Contest, cases: Sequence[Case], *, save: bool) -> None:
+    """Measure every case with every entrant; print and keep each row at once.
+
+    Raises:
+        SystemExit: one of ours failed; a peer that fails is a row with its reason.
+    """
+    roof = roofline.roof_here()
+    columns = [f">{contest.rate}" if name == ">rate" else name for name in SPEED]
+    here = f"{machine.described()} {contest.about} {_method()}"
+    table = Table(
+        contest.title,
+        (*contest.columns, *columns),
+        about=(here, roofline.described(roof)),
+        notes=(*contest.notes, measured_by(contest.stem)),
+        file=kept_in(save, contest.stem),
+    )
+    reasons = {entrant.name: _reason(entrant) for entrant in contest.entrants}
+    for name, reason in reasons.items():
+        if reason is not None:
+            table.add(*("all" for _ in contest.columns), f"{name}: {reason}")
+    broken: list[str] = []
+    for case in cases:
+        for entrant in contest.entrants:
+            if reasons[entrant.name] is not None:
+                continue
+            found = measured(entrant, case)
+            if isinstance(found, str):
+                table.add(*case.cells, f"{entrant.name}: {found}")
+                broken += [found] if entrant.name.startswith(OURS) else []
+            else:
+                table.add(*case.cells, entrant.name, *_cells(contest, case, found, roof))
+    table.close()
+    if broken:
+        raise SystemExit(f"{contest.stem}: {broken[0]}")
+
+
+def _reason(entrant: Entrant) -> str | None:
+    return None if entrant.needs is None else machine.missing(*entrant.needs)
+
+
+def _method() -> str:
+    if machine.device() == "cuda":
+        return (
+            "Median of CUDA events around each of at least 5 runs after a warm-up, the L2 cache "
+            "overwritten before each; peak memory above the inputs is torch's."
+        )
+    return (
+        "Median of the runs of one second, of one run where that takes longer, after a small "
+        "warm-up; peak resident memory above the inputs."
+    )
+
+
+def _cells(
+    contest: Contest, case: Case, found: Measured, roof: roofline.Roof | None
+) -> tuple[str, ...]:
+    amount = case.work.flops / 1e12 if contest.rate == "TFLOP/s" else case.work.bytes / 1e9
+    return (
+        f"{found.seconds * 1e3:,.3f}",
+        f"{found.seconds / case.tokens * 1e6:,.3g}",
+        f"{amount / found.seconds:,.3g}",
+        roofline.share(case.work, found.seconds, roof),
+        f"{found.peak_bytes / 1e9:.2f}",
+        f"{found.cpu_seconds * 1e3:,.1f}",
+    )
+
+
+def measured(entrant: Entrant, case: Case) -> Measured | str:
+    """Measure in a fresh process; where that fails, say why in its words."""
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_measure, args=(entrant, case, send))
+    process.start()
+    send.close()
+    try:
+        answer: Measured | str = receive.recv()
+    except EOFError:
+        process.join()
+        answer = f"ended with code {process.exitcode}"
+    process.join()
+    return answer
+
+
+_FAILURES = (
+    *(ImportError, RuntimeError, ValueError, TypeError, AssertionError, OSError),
+    Mlr1Error,
+)
+"""How a peer says that it cannot; a mistake of a name is our own, and is not caught."""
+
+
+def _measure(entrant: Entrant, case: Case, send: Connection) -> None:
+    try:
+        send.send(measure_here(entrant.prepare, case))
+    except _FAILURES as error:
+        words = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")
+        send.send(f"failed: {words.replace('|', '/')[:160]}")
+
+
+def measure_here(prepare: Callable[[Case], Step], case: Case) -> Measured:
+    """Measure one implementation in this process."""
+    cuda = machine.device() == "cuda"
+    # A few tokens load what is loaded once: libraries, kernels that are compiled when first met.
+    prepare(_small(case))()
+    flush = torch.empty(_cache_bytes() if cuda else 0, dtype=torch.int8, device=machine.device())
+    torch.manual_seed(SEED)
+    step = prepare(case)
+    gc.collect()
+    before = memory(reset=True)
+    if cuda:
+        step()
+        torch.cuda.reset_peak_memory_stats()
+    cpu_begin = time.process_time()
+    times = repeated(partial(_gpu_seconds if cuda else _cpu_seconds, step, flush))
+    return Measured(
+        seconds=statistics.median(times),
+        cpu_seconds=(time.process_time() - cpu_begin) / len(times),
+        peak_bytes=memory() - before,
+    )
+
+
+def repeated(clock: Callable[[], float]) -> list[float]:
+    """Take a time again and again: for `SECONDS`, between `LEAST` and `MOST` times."""
+    times: list[float] = []
+    least = LEAST[machine.device()]
+    while len(times) < least or (sum(times) < SECONDS and len(times) < MOST):
+        times.append(clock())
+    return times
+
+
+def _small(case: Case) -> Case:
+    return Case(cells=case.cells, tokens=16, width=case.width, work=case.work, part=case.part)
+
+
+def _cache_bytes() -> int:
+    # Twice the cache: nothing of the last run is left in it.
+    return 2 * int(torch.cuda.get_device_properties(0).L2_cache_size)
+
+
+def _gpu_seconds(step: Step, flush: torch.Tensor) -> float:
+    flush.zero_()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    step()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
+
+
+def _cpu_seconds(step: Step, flush: torch.Tensor) -> float:
+    begin = time.perf_counter()
+    step()
+    return time.perf_counter() - begin
+
+
+def memory(*, reset: bool = False) -> int:
+    """Give the highest memory since the last reset, in bytes; a reset gives what is in use."""
+    if machine.device() == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
+    if reset:
+        # Linux: the peak of resident memory becomes what is resident now.
+        Path("/proc/self/clear_refs").write_text("5")
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert peak, "this kernel does not count the peak of resident memory"
+    return int(peak[1]) * 1024
+
+
+def dtype_here() -> torch.dtype:
+    """Give the type of the measurements: bf16 on a GPU, fp32 on a CPU."""
+    return torch.bfloat16 if machine.device() == "cuda" else torch.float32
+
+
+def random(*shape: int, std: float = 1.0, grad: bool = False, dtype: Any = None) -> torch.Tensor:
+    """Make normal numbers on the device, in the type of the measurements if no other is named."""
+    made = torch.empty(shape, device=machine.device(), dtype=dtype or dtype_here())
+    return made.normal_(std=std).requires_grad_(grad)

@@ -1,0 +1,18 @@
+"""The precisions that are compared, as the engine's flags over a recipe in bf16 or fp32."""
+
+from collections.abc import Mapping
+from typing import Final
+
+_HYBRID: Final = ("--bf16", "--fp8-format", "hybrid", "--fp8-recipe")
+
+PRECISIONS: Final[Mapping[str, tuple[str, ...]]] = {
+    "bf16": ("--bf16",),
+    "fp8-tensorwise": (*_HYBRID, "tensorwise"),
+    "fp8-delayed": (
+        *(*_HYBRID, "delayed"),
+        *("--fp8-amax-history-len", "1024", "--fp8-amax-compute-algo", "max"),
+    ),
+    "fp8-blockwise": (*_HYBRID, "blockwise"),
+    "fp8-tensorwise-ends-bf16": (*_HYBRID, "tensorwise", "--first-last-layers-bf16"),
+}
+"""The last keeps the first and the last layer in bf16. The head is in bf16 in all of them."""
