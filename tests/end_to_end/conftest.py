@@ -16,6 +16,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from tests.support.ranks import Ranks
+
 ROOT = Path(__file__).parents[2]
 LAST, FIRST = 25, 5
 """Runs last 25 steps; those that are compared start from the checkpoint of step 5."""
@@ -77,48 +79,62 @@ Train = Callable[..., Finished]
 
 @pytest.fixture(scope="session")
 def train(corpora: Corpora) -> Train:
-    """Run `torchrun -m megatron_mlr1.train`, disturbed at a step if asked."""
+    """Run `megatron_mlr1.train`, disturbed at a step if asked.
+
+    By torchrun where a signal or a GPU is part of it; else by processes that start in moments.
+    """
 
     def run(
         save: Path,
-        *words: str,
+        *more: str,
         processes: int = 1,
         stage: str = "pretrain_phase1",
         signal_at: tuple[int, signal.Signals] | None = None,
         at_step: tuple[int, Callable[[], object]] | None = None,
         gpu: bool = False,
     ) -> Finished:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(processes), "-m", "megatron_mlr1.train"]
-        command += ["--model", "tiny", "--stage", stage, "--data-root", str(corpora.root)]
-        command += ["--mixture", str(corpora.mixture), "--save", str(save), "--seq-length", "64"]
-        command += ["--train-iters", str(LAST), "--lr-warmup-iters", "4", "--eval-iters", "0"]
-        command += ["--log-interval", "5", "--use-distributed-optimizer", *words]
+        words = ["--model", "tiny", "--stage", stage, "--data-root", str(corpora.root)]
+        words += ["--mixture", str(corpora.mixture), "--save", str(save), "--seq-length", "64"]
+        words += ["--train-iters", str(LAST), "--lr-warmup-iters", "4", "--eval-iters", "0"]
+        words += ["--log-interval", "5", "--use-distributed-optimizer", *more]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         if not gpu:
             environment["CUDA_VISIBLE_DEVICES"] = ""
         log = save.with_suffix(".log")
-        with log.open("w") as file:
-            process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=environment,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        process: subprocess.Popen[bytes] | Ranks
+        if gpu or signal_at is not None:
+            process = torchrun(words, log, environment, processes)
             if signal_at is not None:
                 interrupt(process, save, *signal_at)
-            if at_step is not None:
-                wait_for(process, save, at_step[0])
-                at_step[1]()
-            code = process.wait(timeout=300)
+        else:
+            process = Ranks(words, log, environment, processes)
+        if at_step is not None:
+            wait_for(process, save, at_step[0])
+            at_step[1]()
+        code = process.wait(timeout=300)
         return Finished(code=code, output=log.read_text())
 
     return run
 
 
-def wait_for(process: "subprocess.Popen[bytes]", save: Path, step: int) -> None:
+def torchrun(
+    words: list[str], log: Path, environment: dict[str, str], processes: int
+) -> "subprocess.Popen[bytes]":
+    """Start what the documents tell a person to start."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(processes), "-m", "megatron_mlr1.train", *words]
+    with log.open("w") as file:
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def wait_for(process: "subprocess.Popen[bytes] | Ranks", save: Path, step: int) -> None:
     """Wait until the record shows a step."""
     deadline = time.monotonic() + 200
     while not any(row["iteration"] >= step for row in record(save).values()):

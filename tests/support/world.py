@@ -8,6 +8,8 @@ from typing import Any
 
 import torch.multiprocessing
 
+from tests.support.ranks import forking_context
+
 
 def run_in_world(size: int, body: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
     """Run `body(*args)` in `size` new processes in CPU mode; give their answers by rank.
@@ -18,7 +20,10 @@ def run_in_world(size: int, body: Callable[..., Any], folder: Path, *args: Any) 
         folder: an empty folder of this test.
         args: what can be pickled.
     """
-    torch.multiprocessing.spawn(_member, args=(size, body, folder, args), nprocs=size)
+    forking_context()
+    torch.multiprocessing.start_processes(
+        _member, args=(size, body, folder, args), nprocs=size, start_method="forkserver"
+    )
     return [pickle.loads((folder / f"answer{rank}").read_bytes()) for rank in range(size)]
 
 
