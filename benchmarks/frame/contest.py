@@ -5,6 +5,7 @@ import multiprocessing
 import re
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -172,6 +173,8 @@ _FAILURES = (
 
 
 def _measure(entrant: Entrant, case: Case, send: Connection) -> None:
+    # The engine warns of each accelerator that is absent, in every process.
+    warnings.filterwarnings("ignore", module="megatron")
     try:
         send.send(measure_here(entrant.prepare, case))
     except _FAILURES as error:
