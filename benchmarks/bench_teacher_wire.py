@@ -2,9 +2,9 @@
 
 A replica and each student are processes of their own. The replica is the product's, with a teacher
 that answers at once, so that only the wire is measured; a student asks for one micro-batch after
-another (4 sequences of 4,096 tokens, 8,192 bytes a token) and checks every seal. The peer, in the
-same run, is a pair of plain Python sockets that moves as many bytes with `sendall` and `recv_into`,
-and checks nothing.
+another (4 sequences of 4,096 tokens, 8,192 bytes a token) and checks every seal and every number,
+as the client of a training does. The peer, in the same run, is a pair of plain Python sockets that
+moves as many bytes with `sendall` and `recv_into`, and checks nothing.
 """
 
 import argparse
@@ -35,12 +35,15 @@ from megatron_mlr1.teacher.keys import (
     read_student_keys,
 )
 from megatron_mlr1.teacher.memory import keep_large_blocks
+from megatron_mlr1.teacher.ports import IO_THREADS
 from megatron_mlr1.teacher.replica import Replica, ReplicaOptions
 from megatron_mlr1.teacher.spec import TargetRequest, Targets, TargetSpec, TeacherIdentity
 from megatron_mlr1.teacher.wire import Kind, Limits, Message, decode, encode
 
 RESULT: Final = Path(__file__).parent / "results" / "teacher_wire.md"
 ROWS, WIDTH, SEQUENCES = 4096, 4096, 4
+WARM_UP_S: Final = 1.5
+"""Memory that a virtual machine has not touched for a while costs several times a copy."""
 REPLY_BYTES: Final = ROWS * WIDTH * 2
 LOCAL: Final = "tcp://127.0.0.1:*"
 MODES: Final = {
@@ -136,6 +139,45 @@ class Heard:
     seconds: float
     cpu_s: float
     latencies_s: list[float]
+    num_bytes_in_all: int
+    """With those of the warm-up."""
+
+
+class Counting:
+    """Counts answers for some seconds, after a warm-up."""
+
+    def __init__(self, seconds: float) -> None:
+        """Begin the warm-up."""
+        self._seconds, self._is_warm, self._in_all = seconds, False, 0
+        self._restart()
+
+    def _restart(self) -> None:
+        self._latencies: list[float] = []
+        self._cpu, self._begin = time.process_time(), time.perf_counter()
+
+    def goes_on(self) -> bool:
+        """Whether there is more to count."""
+        took = time.perf_counter() - self._begin
+        if not self._is_warm and took > WARM_UP_S:
+            self._is_warm = True
+            self._restart()
+            return True
+        return not self._is_warm or took < self._seconds
+
+    def answered(self, latency_s: float) -> None:
+        """Count an answer."""
+        self._in_all += 1
+        self._latencies.append(latency_s)
+
+    def heard(self) -> Heard:
+        """Give what was counted."""
+        return Heard(
+            num_bytes=len(self._latencies) * REPLY_BYTES,
+            seconds=time.perf_counter() - self._begin,
+            cpu_s=time.process_time() - self._cpu,
+            latencies_s=self._latencies,
+            num_bytes_in_all=self._in_all * REPLY_BYTES,
+        )
 
 
 def ask_sockets(port: int, seconds: float) -> Heard:
@@ -143,20 +185,18 @@ def ask_sockets(port: int, seconds: float) -> Heard:
     connection = socket.create_connection(("127.0.0.1", port))
     buffer = memoryview(bytearray(REPLY_BYTES))
     asked: list[float] = []
-    latencies: list[float] = []
-    cpu, begin = time.process_time(), time.perf_counter()
+    counting = Counting(seconds)
     for _ in range(SEQUENCES):
         connection.sendall(b"?")
         asked.append(time.perf_counter())
-    while time.perf_counter() - begin < seconds:
+    while counting.goes_on():
         place = 0
         while place < REPLY_BYTES:
             place += connection.recv_into(buffer[place:])
-        latencies.append(time.perf_counter() - asked.pop(0))
+        counting.answered(time.perf_counter() - asked.pop(0))
         connection.sendall(b"?")
         asked.append(time.perf_counter())
-    took = time.perf_counter() - begin
-    return Heard(len(latencies) * REPLY_BYTES, took, time.process_time() - cpu, latencies)
+    return counting.heard()
 
 
 class Student:
@@ -164,7 +204,7 @@ class Student:
 
     def __init__(self, endpoint: str, mode: str, keys: Path) -> None:
         """Connect and greet."""
-        self._context = zmq.Context()
+        self._context = zmq.Context(IO_THREADS)
         # Answers that are still on their way are not waited for.
         self._context.linger = 0
         self._control = self._context.socket(zmq.DEALER)
@@ -224,24 +264,23 @@ class Student:
         message = decode([part.buffer for part in parts], Limits(), self._session_key)
         if message.kind is not Kind.DATA:
             return None
-        payloads.read_data(message, TargetSpec(), self._identity, ROWS)
+        targets = payloads.read_data(message, TargetSpec(), self._identity, ROWS)
+        targets.check(self._identity, ROWS)
         return message.request, time.perf_counter() - self._asked.pop(message.request)
 
 
 def ask_replica(endpoint: str, mode: str, keys: Path, seconds: float) -> Heard:
     """Read replies of a replica, `SEQUENCES` of them ahead, and check them."""
     student = Student(endpoint, mode, keys)
-    latencies: list[float] = []
-    cpu, begin = time.process_time(), time.perf_counter()
+    counting = Counting(seconds)
     for number in range(SEQUENCES):
         student.ask(number)
-    while time.perf_counter() - begin < seconds:
+    while counting.goes_on():
         answer = student.take()
         if answer is not None:
-            latencies.append(answer[1])
+            counting.answered(answer[1])
             student.ask(answer[0] + SEQUENCES)
-    took = time.perf_counter() - begin
-    return Heard(len(latencies) * REPLY_BYTES, took, time.process_time() - cpu, latencies)
+    return counting.heard()
 
 
 def measure(mode: str, num_students: int, seconds: float, keys: Path) -> dict[str, float]:
@@ -268,7 +307,7 @@ def measure(mode: str, num_students: int, seconds: float, keys: Path) -> dict[st
         "p50": float(np.percentile(latencies, 50)) * 1000,
         "p99": float(np.percentile(latencies, 99)) * 1000,
         "student_cpu": sum(one.cpu_s for one in heard) / moved,
-        "replica_cpu": float(last_words[-1]) / moved,
+        "replica_cpu": float(last_words[-1]) * 1e9 / sum(one.num_bytes_in_all for one in heard),
     }
 
 
@@ -279,8 +318,8 @@ def table(results: list[tuple[str, int, dict[str, float]]], seconds: float, load
         "",
         f"Hidden states over loopback: replies of {ROWS:,} rows of {WIDTH * 2:,} bytes "
         f"({REPLY_BYTES / 1e6:.1f} MB), {SEQUENCES} asked for ahead by each student, "
-        f"{seconds:g} s each. Latency is from asking to the checked reply, so with the wait for "
-        "those before it.",
+        f"{seconds:g} s each after {WARM_UP_S:g} s of warm-up. Latency is from asking to the "
+        "checked reply, so with the wait for those before it.",
         "",
         "| wire | students | GB/s a student | GB/s in all | p50 ms | p99 ms "
         "| CPU s a GB, student | CPU s a GB, replica |",
@@ -297,7 +336,7 @@ def table(results: list[tuple[str, int, dict[str, float]]], seconds: float, load
         f"{zmq.zmq_version()}), blake3 {version('blake3')}, xxhash {version('xxhash')}. A student "
         "GPU at 60,000 tokens/s takes in 0.49 GB/s.",
         "",
-        "Measured by `python benchmarks/bench_teacher_wire.py --save`.",
+        "Measured by `python -m benchmarks.bench_teacher_wire --save`.",
     ]
     return "\n".join(lines) + "\n"
 
