@@ -173,7 +173,7 @@ $(INSTALLED): pyproject.toml constraints.txt setup.py
 
 $(EXTENSION): setup.py constraints.txt $(shell find csrc -type f) | $(INSTALLED)
 	@rm -rf build/temp.* build/lib.*; mkdir -p build
-	@echo "Building the compiled ops (about a minute where nvcc is; log: $(BUILD_LOG))"
+	@echo "Building the compiled ops (several minutes where nvcc is; log: $(BUILD_LOG))"
 	@rm -f megatron_mlr1/_C*.so
 	@if ! MLR1_EXTENSION=$(MLR1_EXTENSION) nice python setup.py build_ext --inplace \
 	        >$(BUILD_LOG) 2>&1 </dev/null; then \

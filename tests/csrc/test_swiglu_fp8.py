@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from megatron_mlr1.ops.swiglu_fp8 import swiglu_fp8_reference
-from tests.csrc.conftest import ORDERS
 
 # Less than a tile, tiles and a part of one in both directions, and shapes that no vector divides.
 SHAPES = {"vectors": [(8, 24), (136, 144), (256, 128)], "elements": [(131, 37), (1, 130), (3, 1)]}
 CASES = [(*shape, moved == "vectors") for moved, shapes in SHAPES.items() for shape in shapes]
+ORDERS = (0, 1, 2, 3)
 TYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
