@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
     CPU mode is what most tests are about, on a machine with a GPU too.
     """
+    # A shell starts what runs in its background deaf to SIGINT, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if "gpu" not in config.option.markexpr:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     config.stash[NUM_GPUS] = torch.cuda.device_count() if torch.cuda.is_available() else 0
