@@ -239,6 +239,7 @@ def report(options: argparse.Namespace, engine: dict[str, Any], about: Any, foun
         commit = subprocess.run(git, stdout=subprocess.PIPE, text=True, check=False).stdout.strip()
         of_peers = f", Megatron-LM {commit}" if commit else ""
     words = [f"--mb {' '.join(map(str, options.mb))} --repeat {options.repeat}"]
+    words += [f"--default-mb {options.default_mb} --fast-mb {options.fast_mb}"]
     words += ["--megatron-lm DIR"] if options.megatron_lm else []
     words += ["--tokenizer DIR"] if options.tokenizer else []
     lines = [
