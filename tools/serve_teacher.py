@@ -3,11 +3,11 @@
 
 import argparse
 import signal
-import sys
 import time
 from pathlib import Path
 
-from megatron_mlr1.errors import ConfigError, Mlr1Error
+from megatron_mlr1.ending import clean_exit
+from megatron_mlr1.errors import ConfigError
 from megatron_mlr1.teacher import planner, status
 from megatron_mlr1.teacher.fp8_gate import MAX_KL, MIN_AGREEMENT, Gate
 from megatron_mlr1.teacher.keys import read_student_keys
@@ -20,18 +20,13 @@ from megatron_mlr1.teacher.supervisor import Supervisor
 def main() -> None:
     """Do what the words say."""
     args = _parser().parse_args()
-    try:
+    with clean_exit():
         if args.plan is not None:
             _plan(args)
         elif args.status:
             _status(args)
         else:
             _serve(args)
-    except Mlr1Error as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,10 +2,9 @@
 """Make the CURVE keys of a teacher pool and of the students that may use it."""
 
 import argparse
-import sys
 from pathlib import Path
 
-from megatron_mlr1.errors import Mlr1Error
+from megatron_mlr1.ending import clean_exit
 from megatron_mlr1.teacher.keys import POOL, STUDENTS, make_pair
 
 
@@ -20,13 +19,10 @@ def main() -> None:
     args = parser.parse_args()
     if not args.pool and args.student is None:
         parser.error("say --pool, --student NAME, or both")
-    try:
+    with clean_exit():
         secrets = [make_pair(args.folder, POOL)] if args.pool else []
         if args.student is not None:
             secrets.append(make_pair(args.folder / STUDENTS, args.student))
-    except Mlr1Error as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
     for path in secrets:
         print(f"{path}: secret, readable by its owner alone; {path.stem}.key beside it is public")
 
