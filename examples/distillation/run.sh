@@ -12,7 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 QUICKSTART=examples/quickstart
 STEPS=80
 INTERVAL=20 # steps from one evaluation to the next
-TEACHER_STEPS=250
+TEACHER_STEPS=200
 
 if [[ -d $OUT && ! -f $OUT/distillation-demo && -n $(ls -A "$OUT") ]]; then
     echo "$OUT holds something that is not this demo's; name another folder." >&2
