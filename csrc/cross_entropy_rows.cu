@@ -45,10 +45,10 @@ at::Tensor partials_cuda(const at::Tensor& logits, const at::Tensor& labels) {
       constexpr int kVector = decltype(vector)::value;
       auto* const kernel = cross_entropy_partials_kernel<scalar_t, kVector, kThreads>;
       auto of = rows_of<const scalar_t>(z, logits, label);
-      const unsigned cluster = blocks_of_a_row(of.rows, most_blocks(kernel));
+      const unsigned cluster = blocks_of_a_row(of.rows, most_blocks(kernel, kThreads));
       of.share = share_of(of.columns, cluster, kVector);
-      const RowLaunch launch(of.rows, cluster, kThreads, kRowSumBytes<math_t, kThreads>);
-      launch(kernel, of, out.mutable_data_ptr<math_t>());
+      RowLaunch(of.rows, cluster, kThreads, kRowSumBytes<math_t, kThreads>)(
+          kernel, of, out.mutable_data_ptr<math_t>());
     });
   });
   return out;
@@ -72,7 +72,7 @@ void gradient_cuda(const at::Tensor& logits, const at::Tensor& labels, const at:
       auto* const kernel =
           cross_entropy_gradient_kernel<scalar_t, gradient_t, kVector, kThreads>;
       auto of = rows_of<scalar_t>(z, logits, of_row[0]);
-      const unsigned cluster = blocks_of_a_row(of.rows, most_blocks(kernel));
+      const unsigned cluster = blocks_of_a_row(of.rows, most_blocks(kernel, kThreads));
       of.share = share_of(of.columns, cluster, kVector);
       const RowWeights<math_t> weights{of_row[1].const_data_ptr<math_t>(),
                                        of_row[2].const_data_ptr<math_t>(),
@@ -96,7 +96,7 @@ void overwrite_rows(LogitRows<scalar_t> of, const wide_t<scalar_t>* weights,
                     wide_t<scalar_t> z_loss, wide_t<scalar_t>* out) {
   constexpr std::size_t kSums = kRowSumBytes<wide_t<scalar_t>, kThreads>;
   auto* const held = cross_entropy_kernel<scalar_t, gradient_t, kVector, kThreads, true>;
-  const unsigned most = most_blocks(held);
+  const unsigned most = most_blocks(held, kThreads);
   const std::size_t wanted = third_of_shared_memory();
   for (unsigned cluster = 1; cluster <= most; cluster *= 2) {
     of.share = share_of(of.columns, cluster, kVector);
@@ -104,14 +104,14 @@ void overwrite_rows(LogitRows<scalar_t> of, const wide_t<scalar_t>* weights,
     if (shared > wanted && cluster < most) {
       continue;
     }
-    const RowLaunch launch(of.rows, cluster, kThreads, shared);
-    if (launch.fits(held)) {
-      launch(held, of, weights, z_loss, out);
+    const RowLaunch clusters(of.rows, cluster, kThreads, shared);
+    if (clusters.fits(held)) {
+      clusters(held, of, weights, z_loss, out);
       return;
     }
   }
   auto* const again = cross_entropy_kernel<scalar_t, gradient_t, kVector, kThreads, false>;
-  const unsigned cluster = blocks_of_a_row(of.rows, most_blocks(again));
+  const unsigned cluster = blocks_of_a_row(of.rows, most_blocks(again, kThreads));
   of.share = share_of(of.columns, cluster, kVector);
   RowLaunch(of.rows, cluster, kThreads, kSums)(again, of, weights, z_loss, out);
 }

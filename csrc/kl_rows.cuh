@@ -1,16 +1,21 @@
-// Kernels of mlr1::kl_partials, jsd_partials and kl_gradient_.
-//
-// Bound by memory: each logit of student and teacher is read once, and of the student written once
-// by the gradient. A block takes one row; its threads take neighbouring vectors of 16 bytes, and
-// ask for the next ones before they reckon with those at hand.
+// Kernels of the ops of megatron_mlr1/ops/kl_rows.py, bound by memory. Of each pair of logits, z of
+// the student and t of the teacher:
+//   kl_           reads both once and writes one, where the shared memory of a cluster's blocks has
+//                 room for the pair of rows. Where it has room for z and a part of t, the rest of t
+//                 is read again, from a second-level cache that has just seen it; where it has none
+//                 for z, both are read again, and for the jsd once more;
+//   kl_partials   reads both once, and so does jsd_partials;
+//   kl_gradient_  reads both once and writes one.
+// In bytes a pair, of fp32 logits with a gradient of bf16: 8 + 2 by kl_; by the others, which serve
+// a split vocabulary, 16 + 2, and for the jsd 24 + 2. In kl_ a cluster takes a row, else a block;
+// threads take neighbouring vectors of 16 bytes, and ask for the next ones before they reckon.
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "common/device.h"
 #include "common/reduce.h"
-#include "common/vector.h"
+#include "common/row_walks.h"
 #include "kl_rows.h"
 
 namespace mlr1 {
@@ -29,69 +34,34 @@ struct MergeKlSums {
   }
 };
 
-template <typename T, int count>
-struct WidePair {
-  T z[count];
-  T t[count];
-};
-
-template <int kVector, typename scalar_t>
-__device__ inline WidePair<wide_t<scalar_t>, kVector> widened(
-    const Vector<scalar_t, kVector>& z, const Vector<scalar_t, kVector>& t) {
-  WidePair<wide_t<scalar_t>, kVector> pair;
+template <typename scalar_t, int kVector>
+__device__ inline VectorPair<wide_t<scalar_t>, kVector> widened(
+    const VectorPair<scalar_t, kVector>& pair) {
+  VectorPair<wide_t<scalar_t>, kVector> wide;
 #pragma unroll
   for (int k = 0; k < kVector; ++k) {
-    pair.z[k] = static_cast<wide_t<scalar_t>>(z.at[k]);
-    pair.t[k] = static_cast<wide_t<scalar_t>>(t.at[k]);
+    wide.z.at[k] = static_cast<wide_t<scalar_t>>(pair.z.at[k]);
+    wide.t.at[k] = static_cast<wide_t<scalar_t>>(pair.t.at[k]);
   }
-  return pair;
-}
-
-template <int kVector, typename scalar_t>
-__device__ inline Vector<scalar_t, kVector> vector_at(const scalar_t* from) {
-  return *reinterpret_cast<const Vector<scalar_t, kVector>*>(from);
-}
-
-// Calls visit(column, z, t) for the columns of this thread, in ascending order, with the vectors of
-// both that begin there.
-template <int kVector, typename scalar_t, typename Visit>
-__device__ inline void walk_pair(const scalar_t* z, const scalar_t* t, int width,
-                                 const Visit& visit) {
-  int column = static_cast<int>(threadIdx.x) * kVector;
-  if (column >= width) {
-    return;
-  }
-  auto next_z = vector_at<kVector>(z + column);
-  auto next_t = vector_at<kVector>(t + column);
-  while (column < width) {
-    const auto at_z = next_z;
-    const auto at_t = next_t;
-    const int next = column + kKlThreads * kVector;
-    if (next < width) {
-      next_z = vector_at<kVector>(z + next);
-      next_t = vector_at<kVector>(t + next);
-    }
-    visit(column, widened<kVector>(at_z, at_t));
-    column = next;
-  }
+  return wide;
 }
 
 // Adds a vector to sums; exponents are rescaled only where one of the two tops rises.
 template <bool kHot, bool kReverse, int kVector, typename T>
-__device__ inline void add_kl_vector(KlSums<T>& sums, int column, const WidePair<T, kVector>& pair,
-                                     T inverse_temperature) {
+__device__ inline void add_kl_vector(KlSums<T>& sums, int column,
+                                     const VectorPair<T, kVector>& pair, T inverse_temperature) {
   T top_z = sums.top_z;
   T top_t = sums.top_t;
 #pragma unroll
   for (int k = 0; k < kVector; ++k) {
-    top_z = larger(top_z, pair.z[k]);
-    top_t = larger(top_t, pair.t[k]);
+    top_z = larger(top_z, pair.z.at[k]);
+    top_t = larger(top_t, pair.t.at[k]);
   }
   if (top_z > sums.top_z || top_t > sums.top_t) {
     if (top_t > sums.top_t) {
 #pragma unroll
       for (int k = kVector - 1; k >= 0; --k) {
-        sums.first = pair.t[k] == top_t ? column + k : sums.first;
+        sums.first = pair.t.at[k] == top_t ? column + k : sums.first;
       }
     }
     raise_kl_tops<kHot, kReverse>(sums, top_z, top_t, inverse_temperature);
@@ -100,7 +70,7 @@ __device__ inline void add_kl_vector(KlSums<T>& sums, int column, const WidePair
   const T base_t = base_of(sums.top_t);
 #pragma unroll
   for (int k = 0; k < kVector; ++k) {
-    add_kl_terms(sums, kl_terms<kHot, kReverse>(pair.z[k], pair.t[k], base_z, base_t,
+    add_kl_terms(sums, kl_terms<kHot, kReverse>(pair.z.at[k], pair.t.at[k], base_z, base_t,
                                                 inverse_temperature));
   }
 }
@@ -117,16 +87,16 @@ __global__ void __launch_bounds__(kKlThreads, kKlBlocks<scalar_t>)
   const scalar_t* const z = student + row * width;
   const scalar_t* const t = teacher + row * width;
   auto sums = no_kl_sums<math_t>();
-  walk_pair<kVector>(z, t, width, [&](int column, const WidePair<math_t, kVector>& pair) {
-    add_kl_vector<kHot, kReverse>(sums, column, pair, inverse_temperature);
-  });
+  walk_pair<kVector, kKlThreads>(
+      0, width, loads_of<kVector>(z, t),
+      [&](int column, const VectorPair<scalar_t, kVector>& pair) {
+        add_kl_vector<kHot, kReverse>(sums, column, widened(pair), inverse_temperature);
+      });
   const MergeKlSums<kHot, kReverse, math_t> merge{inverse_temperature};
   sums = block_reduce<kKlThreads>(sums, merge, shared);
   if (threadIdx.x == 0) {
-    write_kl_partials(
-        sums, width, labels[row], kHot, kReverse, inverse_temperature,
-        [&](std::int64_t v) { return static_cast<math_t>(z[v]); },
-        [&](std::int64_t v) { return static_cast<math_t>(t[v]); }, out + row, rows);
+    write_kl_partials(told_kl_sums(sums, width, kHot, kReverse, inverse_temperature), width,
+                      labels[row], kReverse, z, t, out + row, rows);
   }
 }
 
@@ -137,6 +107,24 @@ struct AddJsdTerms {
   }
 };
 
+// What a thread adds to the halves of the JSD of a row; load as for walk_pair().
+template <typename scalar_t, int kVector, unsigned kThreads, typename Load>
+__device__ inline JsdTerms<wide_t<scalar_t>> jsd_of_columns(
+    int begin, int end, const Load& load, wide_t<scalar_t> between, wide_t<scalar_t> lse,
+    const KlObjective<wide_t<scalar_t>>& objective) {
+  using math_t = wide_t<scalar_t>;
+  JsdTerms<math_t> sums{math_t(0), math_t(0)};
+  walk_pair<kVector, kThreads>(
+      begin, end, load, [&](int, const VectorPair<scalar_t, kVector>& pair) {
+        const auto [z, t] = widened(pair);
+#pragma unroll
+        for (int k = 0; k < kVector; ++k) {
+          sums = AddJsdTerms{}(sums, jsd_terms(z.at[k], t.at[k], between, lse, objective));
+        }
+      });
+  return sums;
+}
+
 //   out   [2, rows]; a block for each row, kReduceBytes<JsdTerms, kKlThreads> of shared memory.
 template <typename scalar_t, int kVector>
 __global__ void __launch_bounds__(kKlThreads, kKlBlocks<scalar_t>)
@@ -145,21 +133,11 @@ __global__ void __launch_bounds__(kKlThreads, kKlBlocks<scalar_t>)
                         const wide_t<scalar_t>* __restrict__ lse,
                         wide_t<scalar_t>* __restrict__ out, std::int64_t rows, int width,
                         KlObjective<wide_t<scalar_t>> objective) {
-  using math_t = wide_t<scalar_t>;
   MLR1_SHARED(shared);
   const std::int64_t row = blockIdx.x;
-  const math_t row_between = between[row];
-  const math_t row_lse = lse[row];
-  JsdTerms<math_t> sums{math_t(0), math_t(0)};
-  walk_pair<kVector>(
-      student + row * width, teacher + row * width, width,
-      [&](int, const WidePair<math_t, kVector>& pair) {
-#pragma unroll
-        for (int k = 0; k < kVector; ++k) {
-          sums = AddJsdTerms{}(
-              sums, jsd_terms(pair.z[k], pair.t[k], row_between, row_lse, objective));
-        }
-      });
+  auto sums = jsd_of_columns<scalar_t, kVector, kKlThreads>(
+      0, width, loads_of<kVector>(student + row * width, teacher + row * width), between[row],
+      lse[row], objective);
   sums = block_reduce<kKlThreads>(sums, AddJsdTerms{}, shared);
   if (threadIdx.x == 0) {
     out[row] = sums.teacher;
@@ -167,45 +145,12 @@ __global__ void __launch_bounds__(kKlThreads, kKlBlocks<scalar_t>)
   }
 }
 
-// Overwrites a row by what element(column, z) makes of it, in out_t: the row's own type, or a
-// narrower one in the first part of its memory. All threads of a block of kKlThreads.
-//
-// A block walks over the row tile by tile, front to back. A narrower tile lies where tiles of at
-// most half its number were: before they are overwritten, all threads must have read them, and a
-// barrier behind the loads of tiles 0, 1, 2, 4, 8 ... sees to that.
+// Overwrites a row that `load` reads, by a block of kKlThreads; see overwrite_columns().
 template <typename out_t, int kVector, typename scalar_t, typename Load, typename Element>
 __device__ inline void overwrite_row(scalar_t* row, int width, const Load& load,
                                      const Element& element) {
-  constexpr int kUnrolled = sizeof(scalar_t) * kVector < kVectorBytes ? 4 : 2;
-  constexpr int kTile = kKlThreads * kVector * kUnrolled;
-  using Loaded = decltype(load(0));
-  auto* const out = reinterpret_cast<out_t*>(row);
-  int tile = 0;
-  for (int begin = 0; begin < width; begin += kTile, ++tile) {
-    Loaded loaded[kUnrolled];
-#pragma unroll
-    for (int u = 0; u < kUnrolled; ++u) {
-      const int column = begin + (u * kKlThreads + static_cast<int>(threadIdx.x)) * kVector;
-      if (column < width) {
-        loaded[u] = load(column);
-      }
-    }
-    if (!std::is_same_v<scalar_t, out_t> && (tile & (tile - 1)) == 0) {
-      __syncthreads();
-    }
-#pragma unroll
-    for (int u = 0; u < kUnrolled; ++u) {
-      const int column = begin + (u * kKlThreads + static_cast<int>(threadIdx.x)) * kVector;
-      if (column < width) {
-        Vector<out_t, kVector> made;
-#pragma unroll
-        for (int k = 0; k < kVector; ++k) {
-          made.at[k] = static_cast<out_t>(element(column + k, k, loaded[u]));
-        }
-        *reinterpret_cast<Vector<out_t, kVector>*>(out + column) = made;
-      }
-    }
-  }
+  constexpr int kUnrolled = kLoadedAtOnce<scalar_t, kVector>;
+  overwrite_columns<out_t, kVector, kKlThreads, kUnrolled>(row, 0, width, true, load, element);
 }
 
 struct AddKlSplits {
@@ -215,11 +160,41 @@ struct AddKlSplits {
   }
 };
 
-template <typename scalar_t, int kVector>
-struct VectorPair {
-  Vector<scalar_t, kVector> z;
-  Vector<scalar_t, kVector> t;
-};
+// Overwrites columns of a row by their gradient; gives what this thread adds to the split. Other
+// arguments are as for overwrite_columns(); z_now and t have the logits at the label. The gradient
+// there is written once more, by the thread that wrote it, so that no column is compared with it.
+template <typename out_t, int kVector, unsigned kThreads, int kUnrolled, bool kHot,
+          KlDirection kDirection, typename scalar_t, typename Load>
+__device__ inline KlSplit<wide_t<scalar_t>> overwrite_by_gradient(
+    scalar_t* z, int begin, int end, bool reads, const Load& load, const scalar_t* z_now,
+    const scalar_t* t, int label, const KlRow<wide_t<scalar_t>>& row,
+    const KlObjective<wide_t<scalar_t>>& objective) {
+  using math_t = wide_t<scalar_t>;
+  const bool is_idle = row.is_idle();
+  const bool has_label = label >= begin && label < end &&
+                         static_cast<unsigned>((label - begin) / kVector) % kThreads == threadIdx.x;
+  math_t at_label = 0;
+  if (has_label && !is_idle) {
+    at_label = kl_gradient<kHot, kDirection>(static_cast<math_t>(z_now[label]),
+                                             static_cast<math_t>(t[label]), row, objective)
+                   .gradient -
+               row.weight;
+  }
+  KlSplit<math_t> split{math_t(0), math_t(0), math_t(0)};
+  overwrite_columns<out_t, kVector, kThreads, kUnrolled>(
+      z, begin, end, reads, load,
+      [&](int, int k, const VectorPair<scalar_t, kVector>& pair) {
+        const auto made =
+            kl_gradient<kHot, kDirection>(static_cast<math_t>(pair.z.at[k]),
+                                          static_cast<math_t>(pair.t.at[k]), row, objective);
+        split = AddKlSplits{}(split, kl_split(made.p, made.term));
+        return is_idle ? math_t(0) : made.gradient;
+      });
+  if (has_label) {
+    reinterpret_cast<out_t*>(z)[label] = static_cast<out_t>(at_label);
+  }
+  return split;
+}
 
 //   out   [3, rows]; a block for each row, kReduceBytes<KlSplit, kKlThreads> of shared memory.
 template <typename scalar_t, typename out_t, int kVector, bool kHot, KlDirection kDirection>
@@ -230,33 +205,134 @@ __global__ void __launch_bounds__(kKlThreads, kKlBlocks<scalar_t>)
                        const wide_t<scalar_t>* __restrict__ weights_3C,
                        wide_t<scalar_t>* __restrict__ out, std::int64_t rows, int width,
                        KlObjective<wide_t<scalar_t>> objective) {
-  using math_t = wide_t<scalar_t>;
-  using pair_t = VectorPair<scalar_t, kVector>;
   MLR1_SHARED(shared);
   const std::int64_t row = blockIdx.x;
   scalar_t* const z = student + row * width;
   const scalar_t* const t = teacher + row * width;
-  const std::int64_t label = labels[row];
-  const KlRow<math_t> numbers = kl_row(rows_4C, weights_3C, row, rows);
-  KlSplit<math_t> split{math_t(0), math_t(0), math_t(0)};
-  overwrite_row<out_t, kVector>(
-      z, width,
-      [&](int column) {
-        return pair_t{vector_at<kVector>(static_cast<const scalar_t*>(z) + column),
-                      vector_at<kVector>(t + column)};
-      },
-      [&](int column, int k, const pair_t& pair) {
-        const auto made =
-            kl_gradient<kHot, kDirection>(static_cast<math_t>(pair.z.at[k]),
-                                          static_cast<math_t>(pair.t.at[k]), numbers, objective);
-        split = AddKlSplits{}(split, kl_split(made.p, made.term));
-        return column == label ? made.gradient - numbers.weight : made.gradient;
-      });
+  constexpr int kUnrolled = kLoadedAtOnce<scalar_t, kVector>;
+  auto split = overwrite_by_gradient<out_t, kVector, kKlThreads, kUnrolled, kHot, kDirection>(
+      z, 0, width, true, loads_of<kVector>(z, t), z, t, static_cast<int>(labels[row]),
+      kl_row(rows_4C, weights_3C, row, rows), objective);
   split = block_reduce<kKlThreads>(split, AddKlSplits{}, shared);
   if (threadIdx.x == 0) {
-    out[row] = split.head;
-    out[row + rows] = split.tail;
-    out[row + 2 * rows] = split.mass;
+    write_kl_split(split, out + row, rows);
+  }
+}
+
+// Pairs of rows over a whole vocabulary.
+template <typename scalar_t>
+struct KlPairs {
+  scalar_t* student;                   // [rows, width], overwritten
+  const scalar_t* teacher;             // [rows, width]
+  const std::int64_t* labels;          // [rows]
+  const wide_t<scalar_t>* weights_2C;  // [2, rows]: of the cross-entropy, of the divergence
+  wide_t<scalar_t>* out;               // [9, rows]
+  std::int64_t rows;
+  int width;
+};
+
+// What the blocks of a cluster take of a row; counts of columns are multiples of the vector.
+struct KlShares {
+  int columns;   // of each block
+  bool keeps_z;  // whether shared memory holds their z; else the cluster is one block
+  int kept_t;    // of how many, the first ones, it holds t
+};
+
+// Shared memory at the begin of a block's: what reductions need.
+template <typename math_t, unsigned kThreads>
+struct KlRoom {
+  static constexpr std::size_t kSums = (kReduceBytes<KlSums<math_t>, kThreads> + 15) / 16 * 16;
+  static constexpr std::size_t kJsd = kSums + kClusterReduceBytes<KlSums<math_t>>;
+  static constexpr std::size_t kSplit = kJsd + kClusterReduceBytes<JsdTerms<math_t>>;
+  static constexpr std::size_t kBytes = kSplit + kClusterReduceBytes<KlSplit<math_t>>;
+};
+
+// Over all threads of a cluster whose blocks have begun. Each reduction has a `place` of its own
+// behind `shared`: another block may still read the last one's.
+template <unsigned kThreads, typename T, typename Merge>
+__device__ inline T row_reduce(T value, const Merge& merge, unsigned char* shared,
+                               std::size_t place) {
+  return cluster_reduce(block_reduce<kThreads>(value, merge, shared), merge, shared + place);
+}
+
+//   A cluster for each row, with KlRoom::kBytes of shared memory and room for what is kept.
+template <typename scalar_t, typename out_t, int kVector, unsigned kThreads, bool kHot,
+          KlDirection kDirection>
+__global__ void __launch_bounds__(kThreads, kKlBlocks<scalar_t>)
+    kl_kernel(const KlPairs<scalar_t> of, const KlShares shares,
+              const KlObjective<wide_t<scalar_t>> objective, const KlLoss<wide_t<scalar_t>> loss) {
+  using math_t = wide_t<scalar_t>;
+  using room = KlRoom<math_t, kThreads>;
+  constexpr bool kReverse = kDirection == KlDirection::reverse;
+  MLR1_SHARED(shared);
+  cluster_arrive();
+  const std::int64_t row = blockIdx.x / cluster_size();
+  scalar_t* const z = of.student + row * of.width;
+  const scalar_t* const t = of.teacher + row * of.width;
+  const int begin = static_cast<int>(cluster_rank()) * shares.columns;
+  const int end = begin + shares.columns < of.width ? begin + shares.columns : of.width;
+  const int kept_end = begin + shares.kept_t;
+  // Each thread takes out of shared memory what it put there: no barrier lies between.
+  scalar_t* const kept_z = reinterpret_cast<scalar_t*>(shared + room::kBytes) - begin;
+  scalar_t* const kept_t = kept_z + (shares.keeps_z ? shares.columns : 0);
+  const scalar_t* const z_again = shares.keeps_z ? kept_z : z;
+  const auto label = static_cast<int>(of.labels[row]);
+  const bool speaks = cluster_rank() == 0 && threadIdx.x == 0;
+  const math_t label_z = speaks ? logit_at_label<math_t>(z, label, of.width) : math_t(0);
+  const math_t label_t = speaks ? logit_at_label<math_t>(t, label, of.width) : math_t(0);
+
+  auto sums = no_kl_sums<math_t>();
+  walk_pair<kVector, kThreads>(
+      begin, end,
+      [&](int column) {
+        return VectorPair<scalar_t, kVector>{
+            shares.keeps_z ? vector_seen_once<kVector>(z + column) : vector_at<kVector>(z + column),
+            column < kept_end ? vector_seen_once<kVector>(t + column)
+                              : vector_at<kVector>(t + column)};
+      },
+      [&](int column, const VectorPair<scalar_t, kVector>& pair) {
+        if (shares.keeps_z) {
+          *reinterpret_cast<Vector<scalar_t, kVector>*>(kept_z + column) = pair.z;
+        }
+        if (column < kept_end) {
+          *reinterpret_cast<Vector<scalar_t, kVector>*>(kept_t + column) = pair.t;
+        }
+        add_kl_vector<kHot, kReverse>(sums, column, widened(pair), objective.inverse_temperature);
+      });
+  cluster_wait();
+  const MergeKlSums<kHot, kReverse, math_t> merge{objective.inverse_temperature};
+  sums = row_reduce<kThreads>(sums, merge, shared, room::kSums);
+  // From here on every thread of the cluster has read its logits.
+  const auto told = told_kl_sums(sums, of.width, kHot, kReverse, objective.inverse_temperature);
+  auto known = kl_known(told, kReverse, objective.inverse_temperature);
+  const auto again = [&](int column) {
+    return loads_of<kVector>(z_again, column < kept_end ? kept_t : t)(column);
+  };
+  math_t centre = known.divergence;
+  if constexpr (kDirection == KlDirection::jsd) {
+    auto halves = jsd_of_columns<scalar_t, kVector, kThreads>(begin, end, again, known.between,
+                                                              known.hot_lse, objective);
+    halves = row_reduce<kThreads>(halves, AddJsdTerms{}, shared, room::kJsd);
+    known.divergence = jsd_of(halves, objective);
+    centre = halves.student;
+  }
+  auto* const out = of.out + row;
+  if (speaks) {
+    write_kl_known(known, label_z, label_t, out, of.rows);
+  }
+  if (threadIdx.x == 0 && told.first >= begin && told.first < end) {
+    out[5 * of.rows] = kl_agreement(told, static_cast<math_t>(z_again[told.first]));
+  }
+  if (!shares.keeps_z) {
+    __syncthreads();
+  }
+  const auto given = kl_row(known, centre, of.weights_2C[row], of.weights_2C[of.rows + row], loss);
+  constexpr int kUnrolled = kVector > 4 ? 1 : kLoadedAtOnce<scalar_t, kVector>;
+  auto split = overwrite_by_gradient<out_t, kVector, kThreads, kUnrolled, kHot, kDirection>(
+      z, begin, end, !shares.keeps_z, again, z_again, t, label, given, objective);
+  split = row_reduce<kThreads>(split, AddKlSplits{}, shared, room::kSplit);
+  if (speaks) {
+    write_kl_split(split, out + 6 * of.rows, of.rows);
   }
 }
 

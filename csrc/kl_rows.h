@@ -1,6 +1,5 @@
-// Row arithmetic of mlr1::kl_partials, jsd_partials and kl_gradient_
-// (megatron_mlr1/ops/kl_rows.py): what one pair of logits adds, how sums over parts of a row become
-// one, what they are written as.
+// Row arithmetic of the ops of megatron_mlr1/ops/kl_rows.py: what one pair of logits adds, how sums
+// over parts of a row become one, what they say of the row, what they are written as.
 // Formulas and names stand in megatron_mlr1/ops/linear_kl.py: z of the student, t of the teacher.
 // T is the type of the arithmetic: float for fp32, bf16 and fp16 logits, double for fp64.
 #pragma once
@@ -15,6 +14,7 @@
 namespace mlr1 {
 
 constexpr int kKlPartials = 12;
+constexpr int kKlStatistics = 9;
 
 // HEAD_PROBABILITY of the definition.
 constexpr double kHeadProbability = 1.0 / 1024;
@@ -129,32 +129,83 @@ MLR1_HOST_DEVICE inline KlSums<T> merged_kl_sums(KlSums<T> a, KlSums<T> b, T inv
   return a;
 }
 
-// Writes one row's partials to out[0], out[stride], ... out[11 * stride].
-//   z, t   read a logit at a column.
-template <typename T, typename Z, typename Teacher>
-MLR1_HOST_DEVICE inline void write_kl_partials(const KlSums<T>& sums, int width,
-                                               std::int64_t label, bool hot, bool reverse,
-                                               T inverse_temperature, const Z& z, const Teacher& t,
-                                               T* out, std::int64_t stride) {
-  // Zero, but NaN where the largest is not finite, as a softmax of such logits is.
-  constexpr T kNone = -std::numeric_limits<T>::infinity();
+// Sums as others take them: not a number where the largest logit is not finite, as a softmax of
+// such logits is; q_hot and p_hot at temperature 1 too; the cross sum of z / T and t / T.
+template <typename T>
+MLR1_HOST_DEVICE inline KlSums<T> told_kl_sums(KlSums<T> sums, int width, bool hot, bool reverse,
+                                               T inverse_temperature) {
   const T hurt_z = width > 0 ? sums.top_z - sums.top_z : T(0);
   const T hurt_t = width > 0 ? sums.top_t - sums.top_t : T(0);
-  const T cross = (sums.cross + (reverse ? hurt_z : hurt_t)) * inverse_temperature;
-  const bool is_here = label >= 0 && label < width;
-  out[0] = sums.top_z;
-  out[stride] = sums.top_t;
-  out[2 * stride] = sums.q + hurt_z;
-  out[3 * stride] = (hot ? sums.q_hot : sums.q) + hurt_z;
-  out[4 * stride] = sums.p + hurt_t;
-  out[5 * stride] = (hot ? sums.p_hot : sums.p) + hurt_t;
-  out[6 * stride] = reverse ? T(0) : cross;
-  out[7 * stride] = reverse ? cross : T(0);
-  out[8 * stride] = sums.spread + hurt_t;
-  out[9 * stride] = is_here ? z(label) : T(0);
-  out[10 * stride] = is_here ? t(label) : T(0);
-  const int first = sums.first < width ? sums.first : 0;
-  out[11 * stride] = width > 0 ? z(first) : kNone;
+  sums.q_hot = (hot ? sums.q_hot : sums.q) + hurt_z;
+  sums.p_hot = (hot ? sums.p_hot : sums.p) + hurt_t;
+  sums.q += hurt_z;
+  sums.p += hurt_t;
+  sums.cross = (sums.cross + (reverse ? hurt_z : hurt_t)) * inverse_temperature;
+  sums.spread += hurt_t;
+  sums.first = sums.first < width ? sums.first : 0;
+  return sums;
+}
+
+// A logit in the type of the arithmetic; zero where the column is in another shard.
+template <typename T, typename scalar_t>
+MLR1_HOST_DEVICE inline T logit_at_label(const scalar_t* logits, std::int64_t label, int width) {
+  return label >= 0 && label < width ? static_cast<T>(logits[label]) : T(0);
+}
+
+// Writes one row's partials to out[0], out[stride], ... out[11 * stride].
+//   told   sums as others take them
+//   z, t   the row's logits
+template <typename T, typename scalar_t>
+MLR1_HOST_DEVICE inline void write_kl_partials(const KlSums<T>& told, int width,
+                                               std::int64_t label, bool reverse, const scalar_t* z,
+                                               const scalar_t* t, T* out, std::int64_t stride) {
+  constexpr T kNone = -std::numeric_limits<T>::infinity();
+  out[0] = told.top_z;
+  out[stride] = told.top_t;
+  out[2 * stride] = told.q;
+  out[3 * stride] = told.q_hot;
+  out[4 * stride] = told.p;
+  out[5 * stride] = told.p_hot;
+  out[6 * stride] = reverse ? T(0) : told.cross;
+  out[7 * stride] = reverse ? told.cross : T(0);
+  out[8 * stride] = told.spread;
+  out[9 * stride] = logit_at_label<T>(z, label, width);
+  out[10 * stride] = logit_at_label<T>(t, label, width);
+  out[11 * stride] = width > 0 ? static_cast<T>(z[told.first]) : kNone;
+}
+
+// What the sums over a whole row make known of it.
+template <typename T>
+struct KlKnown {
+  T lse;              // log sum exp of z
+  T hot_lse;          // of z / T
+  T teacher_lse;      // of t
+  T teacher_hot_lse;  // of t / T
+  T between;          // hot_lse - teacher_hot_lse
+  T divergence;       // D; of the jsd, once its halves are known
+  T teacher_mean;     // of t under p
+};
+
+template <typename T>
+MLR1_HOST_DEVICE inline KlKnown<T> kl_known(const KlSums<T>& told, bool reverse,
+                                            T inverse_temperature) {
+  KlKnown<T> known;
+  known.lse = told.top_z + std::log(told.q);
+  known.hot_lse = told.top_z * inverse_temperature + std::log(told.q_hot);
+  known.teacher_lse = told.top_t + std::log(told.p);
+  known.teacher_hot_lse = told.top_t * inverse_temperature + std::log(told.p_hot);
+  known.between = known.hot_lse - known.teacher_hot_lse;
+  known.divergence =
+      reverse ? told.cross / told.q_hot - known.between : told.cross / told.p_hot + known.between;
+  known.teacher_mean = told.top_t + told.spread / told.p;
+  return known;
+}
+
+// 1 where the teacher's first choice, whose z is given, is one of the student's.
+template <typename T>
+MLR1_HOST_DEVICE inline T kl_agreement(const KlSums<T>& told, T z) {
+  const bool is_finite = told.top_t - told.top_t == T(0);
+  return is_finite && z == told.top_z ? T(1) : T(0);
 }
 
 // What the objective makes the same for all rows.
@@ -163,13 +214,14 @@ struct KlObjective {
   T inverse_temperature;
   T log_teacher_share;  // log beta
   T log_student_share;  // log(1 - beta)
+  T teacher_share;      // beta
   T student_share;      // 1 - beta
 };
 
 template <typename T>
 inline KlObjective<T> kl_objective(double temperature, double beta) {
   return {static_cast<T>(1 / temperature), static_cast<T>(std::log(beta)),
-          static_cast<T>(std::log(1 - beta)), static_cast<T>(1 - beta)};
+          static_cast<T>(std::log(1 - beta)), static_cast<T>(beta), static_cast<T>(1 - beta)};
 }
 
 // log p'/m of gap = log q'/p'; log q'/m is gap more.
@@ -198,11 +250,20 @@ MLR1_HOST_DEVICE inline JsdTerms<T> jsd_terms(T z, T t, T between, T lse,
   return {log_p * exponential_of_any(log_q - gap), (log_p + gap) * exponential_of_any(log_q)};
 }
 
+// The JSD of a row of the sums of its halves.
+template <typename T>
+MLR1_HOST_DEVICE inline T jsd_of(const JsdTerms<T>& sums, const KlObjective<T>& objective) {
+  return objective.teacher_share * sums.teacher + objective.student_share * sums.student;
+}
+
 // rows_4C and weights_3C of the definition, one row of them.
 template <typename T>
 struct KlRow {
   T lse, hot_lse, teacher_hot_lse, centre;
   T pull, weight, kd;
+
+  // A row that weighs nothing has a gradient of zeros, whatever its logits are.
+  MLR1_HOST_DEVICE bool is_idle() const { return pull == 0 && weight == 0 && kd == 0; }
 };
 
 template <typename T>
@@ -215,6 +276,27 @@ MLR1_HOST_DEVICE inline KlRow<T> kl_row(const T* rows_4C, const T* weights_3C, s
           weights_3C[row],
           weights_3C[row + stride],
           weights_3C[row + 2 * stride]};
+}
+
+// What the whole loss is made of, but for the objective.
+template <typename T>
+struct KlLoss {
+  T temperature;
+  T z_loss;
+};
+
+//   centre   what g takes off: D of the reverse direction, KL(q' || m) of the jsd
+template <typename T>
+MLR1_HOST_DEVICE inline KlRow<T> kl_row(const KlKnown<T>& known, T centre, T cross_entropy,
+                                        T divergence, const KlLoss<T>& loss) {
+  const T pull = cross_entropy * (T(1) + T(2) * loss.z_loss * known.lse);
+  return {known.lse,
+          known.hot_lse,
+          known.teacher_hot_lse,
+          centre,
+          cross_entropy == 0 ? T(0) : pull,
+          cross_entropy,
+          divergence * loss.temperature};
 }
 
 template <typename T>
@@ -258,6 +340,24 @@ MLR1_HOST_DEVICE inline KlSplit<T> kl_split(T p, T term) {
   const T in_head = p >= T(kHeadProbability) ? T(1) : T(0);
   // Times zero, not left out: a term that is not finite shows in both, as in the definition.
   return {term * in_head, in_head > T(0) ? T(0) : term, p * in_head};
+}
+
+// The statistics of a row that are known before its gradient, to out[0] .. out[4 * stride].
+template <typename T>
+MLR1_HOST_DEVICE inline void write_kl_known(const KlKnown<T>& known, T label_z, T label_t, T* out,
+                                            std::int64_t stride) {
+  out[0] = known.lse;
+  out[stride] = known.lse - label_z;
+  out[2 * stride] = known.divergence;
+  out[3 * stride] = known.teacher_lse - known.teacher_mean;
+  out[4 * stride] = known.teacher_lse - label_t;
+}
+
+template <typename T>
+MLR1_HOST_DEVICE inline void write_kl_split(const KlSplit<T>& split, T* out, std::int64_t stride) {
+  out[0] = split.head;
+  out[stride] = split.tail;
+  out[2 * stride] = split.mass;
 }
 
 }  // namespace mlr1

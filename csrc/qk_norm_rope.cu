@@ -7,14 +7,14 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include <limits>
 #include <optional>
 #include <tuple>
+
+#include "common/launch.h"
 
 namespace mlr1 {
 namespace {
@@ -92,7 +92,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> qk_norm_rope_cuda(
   const std::int64_t tokens = c10::multiply_integers(leading);
   const Positions positions(angles, bounds);
   QkTokens shape = positions.tokens(layout, in.size(0), tokens);
-  const auto stream = c10::cuda::getCurrentCUDAStream();
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, in.scalar_type(), "qk_norm_rope_cuda", [&] {
         using math_t = wide_t<scalar_t>;
@@ -101,11 +100,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> qk_norm_rope_cuda(
                                       k.mutable_data_ptr<scalar_t>(),
                                       v.mutable_data_ptr<scalar_t>()};
         with_head_split<scalar_t>(shape, [&](auto vector, auto chunks) {
-          qk_norm_rope_kernel<scalar_t, decltype(vector)::value, decltype(chunks)::value>
-              <<<grid_of(tokens), kBlock, 0, stream>>>(x, heads, scales.mutable_data_ptr<math_t>(),
-                                                       static_cast<math_t>(eps), shape);
+          launch(qk_norm_rope_kernel<scalar_t, decltype(vector)::value, decltype(chunks)::value>,
+                 grid_of(tokens), kBlock, 0, x, heads, scales.mutable_data_ptr<math_t>(),
+                 static_cast<math_t>(eps), shape);
         });
-        C10_CUDA_KERNEL_LAUNCH_CHECK();
       });
   return {q, k, v, scales};
 }
@@ -128,7 +126,6 @@ at::Tensor qk_norm_rope_backward_cuda(const at::Tensor& grad_q, const at::Tensor
   const std::int64_t tokens = c10::multiply_integers(leading);
   const Positions positions(angles, bounds);
   QkTokens shape = positions.tokens(layout, q.size(0), tokens);
-  const auto stream = c10::cuda::getCurrentCUDAStream();
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, q.scalar_type(), "qk_norm_rope_backward_cuda", [&] {
         using math_t = wide_t<scalar_t>;
@@ -138,12 +135,11 @@ at::Tensor qk_norm_rope_backward_cuda(const at::Tensor& grad_q, const at::Tensor
         const QkHeads<const scalar_t> outs{yq.const_data_ptr<scalar_t>(),
                                            yk.const_data_ptr<scalar_t>(), nullptr};
         with_head_split<scalar_t>(shape, [&](auto vector, auto chunks) {
-          qk_norm_rope_backward_kernel<scalar_t, decltype(vector)::value, decltype(chunks)::value>
-              <<<grid_of(tokens), kBlock, 0, stream>>>(grads, outs,
-                                                       scale.const_data_ptr<math_t>(),
-                                                       grad_in.mutable_data_ptr<scalar_t>(), shape);
+          launch(qk_norm_rope_backward_kernel<scalar_t, decltype(vector)::value,
+                                              decltype(chunks)::value>,
+                 grid_of(tokens), kBlock, 0, grads, outs, scale.const_data_ptr<math_t>(),
+                 grad_in.mutable_data_ptr<scalar_t>(), shape);
         });
-        C10_CUDA_KERNEL_LAUNCH_CHECK();
       });
   return grad_in;
 }

@@ -3,12 +3,11 @@
 #include "sparse_kl_rows.cuh"
 
 #include <ATen/core/Tensor.h>
-#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include "common/kl_tensors.h"
+#include "common/launch.h"
 #include "common/logit_types.h"
 #include "common/row_launch.h"
 
@@ -20,14 +19,11 @@ void launch_partials(const at::Tensor& logits, const at::Tensor& label, const at
                      const at::Tensor& weights, double temperature, at::Tensor& out) {
   using math_t = wide_t<scalar_t>;
   const int width = static_cast<int>(logits.size(1));
-  sparse_kl_partials_kernel<scalar_t, kVector, kHot, kBucket>
-      <<<rows_of(logits), kKlThreads, sparse_kl_shared<math_t, kVector>(width, kBucket),
-         c10::cuda::getCurrentCUDAStream()>>>(
-          logits.const_data_ptr<scalar_t>(), label.const_data_ptr<int64_t>(),
-          columns.const_data_ptr<int64_t>(), weights.const_data_ptr<math_t>(),
-          out.mutable_data_ptr<math_t>(), logits.size(0), width,
-          static_cast<int>(columns.size(1)), static_cast<math_t>(1 / temperature));
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(sparse_kl_partials_kernel<scalar_t, kVector, kHot, kBucket>, rows_of(logits), kKlThreads,
+         sparse_kl_shared<math_t, kVector>(width, kBucket), logits.const_data_ptr<scalar_t>(),
+         label.const_data_ptr<int64_t>(), columns.const_data_ptr<int64_t>(),
+         weights.const_data_ptr<math_t>(), out.mutable_data_ptr<math_t>(), logits.size(0), width,
+         static_cast<int>(columns.size(1)), static_cast<math_t>(1 / temperature));
 }
 
 at::Tensor sparse_kl_partials_cuda(const at::Tensor& logits, const at::Tensor& label_C,
@@ -75,15 +71,13 @@ void sparse_kl_gradient_cuda(const at::Tensor& logits, const at::Tensor& label_C
     using math_t = wide_t<scalar_t>;
     with_vector<scalar_t>(logits, logits, [&](auto vector) {
       with_flag(temperature != 1, [&](auto hot) {
-        sparse_kl_gradient_kernel<scalar_t, out_t, vector, hot>
-            <<<rows_of(logits), kKlThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-                logits.mutable_data_ptr<scalar_t>(), label.const_data_ptr<int64_t>(),
-                columns.const_data_ptr<int64_t>(), weights.const_data_ptr<math_t>(),
-                numbers.const_data_ptr<math_t>(), factors.const_data_ptr<math_t>(),
-                room.mutable_data_ptr<math_t>(), logits.size(0),
-                static_cast<int>(logits.size(1)), static_cast<int>(columns.size(1)),
-                static_cast<math_t>(1 / temperature), bucket);
-        C10_CUDA_KERNEL_LAUNCH_CHECK();
+        launch(sparse_kl_gradient_kernel<scalar_t, out_t, vector, hot>, rows_of(logits),
+               kKlThreads, 0, logits.mutable_data_ptr<scalar_t>(),
+               label.const_data_ptr<int64_t>(), columns.const_data_ptr<int64_t>(),
+               weights.const_data_ptr<math_t>(), numbers.const_data_ptr<math_t>(),
+               factors.const_data_ptr<math_t>(), room.mutable_data_ptr<math_t>(), logits.size(0),
+               static_cast<int>(logits.size(1)), static_cast<int>(columns.size(1)),
+               static_cast<math_t>(1 / temperature), bucket);
       });
     });
   });

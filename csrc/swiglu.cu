@@ -5,25 +5,28 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include <algorithm>
+
+#include "common/launch.h"
 
 namespace mlr1 {
 namespace {
 
 constexpr int64_t kMaxGridY = 65535;
-// 256 blocks of 256 threads for each of 132 multiprocessors: enough to fill any device, and few
-// enough that a thread of a long tensor sees several rows.
-constexpr int64_t kBlocks = 132 * 256;
+// Blocks of 256 threads for each multiprocessor: enough to fill it many times, and few enough that a
+// thread of a long tensor sees several rows.
+constexpr int64_t kBlocks = 256;
+
+const dim3 kBlock(kWarp, kSwigluRows);
 
 dim3 grid_of(int64_t rows, int64_t width, int vector) {
   const int64_t x = (width / vector + kWarp - 1) / kWarp;
   const int64_t y = (rows + kSwigluRows - 1) / kSwigluRows;
-  const int64_t wanted = std::max<int64_t>(kBlocks / x, 1);
+  const int64_t blocks = kBlocks * device_attribute(cudaDevAttrMultiProcessorCount);
+  const int64_t wanted = std::max<int64_t>(blocks / x, 1);
   return dim3(static_cast<unsigned>(x), static_cast<unsigned>(std::min({y, wanted, kMaxGridY})));
 }
 
@@ -38,19 +41,16 @@ at::Tensor swiglu_cuda(const at::Tensor& gate_up) {
     return out;
   }
   const int64_t rows = out.numel() / width;
-  const auto stream = c10::cuda::getCurrentCUDAStream();
-  const dim3 block(kWarp, kSwigluRows);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, in.scalar_type(), "swiglu_cuda", [&] {
     constexpr int kVector = kVectorBytes / sizeof(scalar_t);
     const scalar_t* const x = in.const_data_ptr<scalar_t>();
     scalar_t* const y = out.mutable_data_ptr<scalar_t>();
     if (width % kVector == 0 && is_aligned(x)) {
-      swiglu_kernel<scalar_t, kVector>
-          <<<grid_of(rows, width, kVector), block, 0, stream>>>(x, y, rows, width);
+      launch(swiglu_kernel<scalar_t, kVector>, grid_of(rows, width, kVector), kBlock, 0, x, y, rows,
+             width);
     } else {
-      swiglu_kernel<scalar_t, 1><<<grid_of(rows, width, 1), block, 0, stream>>>(x, y, rows, width);
+      launch(swiglu_kernel<scalar_t, 1>, grid_of(rows, width, 1), kBlock, 0, x, y, rows, width);
     }
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return out;
 }
@@ -65,8 +65,6 @@ at::Tensor swiglu_backward_cuda(const at::Tensor& grad_out, const at::Tensor& ga
     return grad_in;
   }
   const int64_t rows = grad.numel() / width;
-  const auto stream = c10::cuda::getCurrentCUDAStream();
-  const dim3 block(kWarp, kSwigluRows);
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, in.scalar_type(), "swiglu_backward_cuda", [&] {
         constexpr int kVector = kVectorBytes / sizeof(scalar_t);
@@ -74,13 +72,12 @@ at::Tensor swiglu_backward_cuda(const at::Tensor& grad_out, const at::Tensor& ga
         const scalar_t* const x = in.const_data_ptr<scalar_t>();
         scalar_t* const dx = grad_in.mutable_data_ptr<scalar_t>();
         if (width % kVector == 0 && is_aligned(x) && is_aligned(dy)) {
-          swiglu_backward_kernel<scalar_t, kVector>
-              <<<grid_of(rows, width, kVector), block, 0, stream>>>(dy, x, dx, rows, width);
+          launch(swiglu_backward_kernel<scalar_t, kVector>, grid_of(rows, width, kVector), kBlock,
+                 0, dy, x, dx, rows, width);
         } else {
-          swiglu_backward_kernel<scalar_t, 1>
-              <<<grid_of(rows, width, 1), block, 0, stream>>>(dy, x, dx, rows, width);
+          launch(swiglu_backward_kernel<scalar_t, 1>, grid_of(rows, width, 1), kBlock, 0, dy, x,
+                 dx, rows, width);
         }
-        C10_CUDA_KERNEL_LAUNCH_CHECK();
       });
   return grad_in;
 }

@@ -5,12 +5,12 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/reciprocal.h>
-#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include <tuple>
+
+#include "common/launch.h"
 
 namespace mlr1 {
 namespace {
@@ -34,20 +34,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> swiglu_fp8_cuda(const at::Tensor&
   at::Tensor turned = transpose ? at::empty({width, rows}, bytes) : at::empty({0, 0}, bytes);
   const int64_t blocks = (rows + kFp8Tile - 1) / kFp8Tile * ((width + kFp8Tile - 1) / kFp8Tile);
   TORCH_CHECK(blocks <= INT32_MAX, "mlr1::swiglu_fp8: ", rows, " x ", width, " is too large");
-  const auto stream = c10::cuda::getCurrentCUDAStream();
   const bool whole =
       width % kFp8Columns == 0 && rows % kFp8Rows == 0 && is_aligned(in.const_data_ptr());
-  const auto launch = [&](const auto* x, auto kernel) {
-    kernel<<<static_cast<unsigned>(blocks), kFp8Threads, kFp8SharedBytes, stream>>>(
-        x, scale.const_data_ptr<float>(), out.mutable_data_ptr<uint8_t>(),
-        transpose ? turned.mutable_data_ptr<uint8_t>() : nullptr, amax.mutable_data_ptr<float>(),
-        scale_inv.mutable_data_ptr<float>(), rows, width);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-  };
   AT_DISPATCH_V2(
       in.scalar_type(), "swiglu_fp8_cuda", AT_WRAP([&] {
-        const scalar_t* const x = in.const_data_ptr<scalar_t>();
-        launch(x, whole ? swiglu_fp8_kernel<scalar_t, true> : swiglu_fp8_kernel<scalar_t, false>);
+        launch(whole ? swiglu_fp8_kernel<scalar_t, true> : swiglu_fp8_kernel<scalar_t, false>,
+               static_cast<unsigned>(blocks), kFp8Threads, kFp8SharedBytes,
+               in.const_data_ptr<scalar_t>(), scale.const_data_ptr<float>(),
+               out.mutable_data_ptr<uint8_t>(),
+               transpose ? turned.mutable_data_ptr<uint8_t>() : nullptr,
+               amax.mutable_data_ptr<float>(), scale_inv.mutable_data_ptr<float>(), rows, width);
       }),
       at::kFloat, at::kHalf, at::kBFloat16);
   return {out, turned, scale_inv};

@@ -1,11 +1,15 @@
-// What a kernel needs beyond C++, so that a kernel's body has two compilers: nvcc, for a GPU, and
-// with MLR1_EMULATED a plain C++ compiler, whose program executes the same body on a CPU, thread by
-// thread (tests/csrc/cuda_on_cpu.h). A kernel that keeps these rules runs in both:
+// What a kernel needs beyond C++, so that a kernel and the code that launches it have two compilers:
+// nvcc, for a GPU, and with MLR1_EMULATED a plain C++ compiler, whose program executes both on a CPU,
+// the kernel thread by thread (tests/csrc/cuda_on_cpu.h; of the host's code, tests/csrc/cuda_host/).
+// What keeps these rules runs in both:
 //   - shared memory is dynamic alone, taken once by MLR1_SHARED(name): unsigned char*, aligned to 16;
 //   - lanes of a warp exchange by __shfl_xor_sync, __shfl_down_sync and __shfl_sync, with the full
 //     mask and from all 32 lanes;
 //   - __syncthreads() is reached by all threads of a block, the calls below by all of a cluster;
-//   - what the block of another rank wrote is read through cluster_shared().
+//   - what the block of another rank wrote is read through cluster_shared();
+//   - a .cu launches by launch() or RowLaunch of common/launch.h, on the device of a CUDAGuard, and
+//     registers its rows by TORCH_LIBRARY_IMPL(mlr1, CUDA, m). What it asks of CUDA's runtime beyond
+//     that, the stand-ins in tests/csrc/cuda_host/ must learn.
 #pragma once
 
 #include <cstddef>

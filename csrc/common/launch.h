@@ -1,4 +1,4 @@
-// Launches of kernels by clusters of blocks, on devices that have them.
+// How kernels are launched: as grids of blocks, or of clusters of blocks on devices that have them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -6,10 +6,31 @@
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <limits>
 
 namespace mlr1 {
+
+// What the device refuses, and what an earlier kernel did wrong, is an error.
+template <typename... Parameters, typename... Arguments>
+void launch(const cudaLaunchConfig_t& config, void (*kernel)(Parameters...),
+            Arguments... arguments) {
+  static_assert(sizeof...(Parameters) == sizeof...(Arguments), "not the kernel's arguments");
+  C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+// Launches a grid of blocks on the current stream.
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes,
+            Arguments... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = c10::cuda::getCurrentCUDAStream();
+  launch(config, kernel, arguments...);
+}
 
 inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0;
@@ -17,15 +38,6 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   C10_CUDA_CHECK(cudaGetDevice(&device));
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
   return value;
-}
-
-// Blocks that a cluster may have: 8, the most that every device with clusters grants, or 1 where this
-// kernel's code knows none. A new device may run code of an older one, so its own age says nothing.
-template <typename Kernel>
-unsigned most_blocks(Kernel* kernel) {
-  cudaFuncAttributes attributes{};
-  C10_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
-  return attributes.ptxVersion >= 90 ? 8 : 1;
 }
 
 // Blocks that share a row so that a few rows fill the device too: two for each multiprocessor.
@@ -60,18 +72,9 @@ struct RowLaunch {
   RowLaunch(const RowLaunch&) = delete;
   RowLaunch& operator=(const RowLaunch&) = delete;
 
-  // Whether the device can run it; asks for the shared memory that it needs, and for as much of it
-  // on a multiprocessor as there is, so that several blocks have theirs.
+  // Whether the device has room for all blocks of a cluster at a time, as it must.
   template <typename Kernel>
-  bool fits(Kernel* kernel) const {
-    const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    if (config.dynamicSmemBytes > static_cast<std::size_t>(limit)) {
-      return false;
-    }
-    C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(config.dynamicSmemBytes)));
-    C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                        cudaSharedmemCarveoutMaxShared));
+  bool lies_together(Kernel* kernel) const {
     int clusters = 1;
     if (config.numAttrs > 0) {
       C10_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
@@ -79,13 +82,44 @@ struct RowLaunch {
     return clusters > 0;
   }
 
+  // Whether the device can run it. Asks for as much shared memory as a block may have, whatever this
+  // launch needs, so that launches of other threads lose none, and for as much of it on a
+  // multiprocessor as there is, so that several blocks have theirs.
+  template <typename Kernel>
+  bool fits(Kernel* kernel) const {
+    const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    if (config.dynamicSmemBytes > static_cast<std::size_t>(limit)) {
+      return false;
+    }
+    C10_CUDA_CHECK(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit));
+    C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                        cudaSharedmemCarveoutMaxShared));
+    return lies_together(kernel);
+  }
+
   template <typename Kernel, typename... Arguments>
   void operator()(Kernel* kernel, const Arguments&... arguments) const {
-    C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
+    launch(config, kernel, arguments...);
   }
 
   cudaLaunchAttribute attribute{};
   cudaLaunchConfig_t config{};
 };
+
+// Blocks that a cluster may have: 8 is the most that devices with clusters grant a kernel that does
+// not ask for more, and small ones, a part of a device among them, have room for fewer. 1 where this
+// kernel's code knows no clusters: a new device may run code of an older one, so its own age says
+// nothing.
+template <typename Kernel>
+unsigned most_blocks(Kernel* kernel, unsigned threads, std::size_t shared_bytes = 0) {
+  cudaFuncAttributes attributes{};
+  C10_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+  unsigned blocks = attributes.ptxVersion >= 90 ? 8 : 1;
+  while (blocks > 1 && !RowLaunch(1, blocks, threads, shared_bytes).lies_together(kernel)) {
+    blocks /= 2;
+  }
+  return blocks;
+}
 
 }  // namespace mlr1

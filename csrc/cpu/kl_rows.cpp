@@ -1,5 +1,5 @@
-// CPU rows of mlr1::kl_partials, jsd_partials and kl_gradient_; the ops themselves are
-// megatron_mlr1/ops/kl_rows.py.
+// CPU rows of the ops of megatron_mlr1/ops/kl_rows.py. A pair of rows stays in a core's cache while
+// mlr1::kl_ goes over it again.
 #include "kl_rows.h"
 
 #include <ATen/core/Tensor.h>
@@ -171,6 +171,7 @@ KlSums<T> merged(const KlSums<T>& a, const KlSums<T>& b, bool hot, bool reverse,
                  : merged_kl_sums<false, false>(a, b, inverse);
 }
 
+// As others take them.
 template <typename T, typename scalar_t>
 KlSums<T> sums_of_row(const scalar_t* z, const scalar_t* t, int64_t width, bool hot, bool reverse,
                       T inverse) {
@@ -191,7 +192,19 @@ KlSums<T> sums_of_row(const scalar_t* z, const scalar_t* t, int64_t width, bool 
     kl_block(wide_z, wide_t, count, hot, reverse, inverse, sums);
     total = merged(total, sums, hot, reverse, inverse);
   });
-  return total;
+  return told_kl_sums(total, static_cast<int>(width), hot, reverse, inverse);
+}
+
+template <typename T, typename scalar_t>
+JsdTerms<T> jsd_of_row(const scalar_t* z, const scalar_t* t, int64_t width, T between, T lse,
+                       const KlObjective<T>& objective) {
+  JsdTerms<T> sums{0, 0};
+  Block<T> room_z, room_t;
+  for_each_block(width, [&](int64_t begin, int64_t count) {
+    jsd_block(widen(z + begin, count, room_z), widen(t + begin, count, room_t), count, between,
+              lse, objective, sums);
+  });
+  return sums;
 }
 
 at::Tensor kl_partials_cpu(const at::Tensor& student, const at::Tensor& teacher,
@@ -213,11 +226,9 @@ at::Tensor kl_partials_cpu(const at::Tensor& student, const at::Tensor& teacher,
     share_rows(student, [&](int64_t row) {
       const scalar_t* const row_z = z + row * width;
       const scalar_t* const row_t = t + row * width;
-      write_kl_partials(
-          sums_of_row(row_z, row_t, width, hot, reverse, inverse), static_cast<int>(width),
-          labels[row], hot, reverse, inverse,
-          [&](int64_t v) { return static_cast<math_t>(row_z[v]); },
-          [&](int64_t v) { return static_cast<math_t>(row_t[v]); }, to + row, rows);
+      write_kl_partials(sums_of_row(row_z, row_t, width, hot, reverse, inverse),
+                        static_cast<int>(width), labels[row], reverse, row_z, row_t, to + row,
+                        rows);
     });
   });
   return out;
@@ -242,13 +253,8 @@ at::Tensor jsd_partials_cpu(const at::Tensor& student, const at::Tensor& teacher
     math_t* const to = out.mutable_data_ptr<math_t>();
     const auto objective = kl_objective<math_t>(temperature, beta);
     share_rows(student, [&](int64_t row) {
-      JsdTerms<math_t> sums{0, 0};
-      Block<math_t> room_z, room_t;
-      for_each_block(width, [&](int64_t begin, int64_t count) {
-        const int64_t at = row * width + begin;
-        jsd_block(widen(z + at, count, room_z), widen(t + at, count, room_t), count,
-                  row_between[row], row_lse[row], objective, sums);
-      });
+      const auto sums = jsd_of_row(z + row * width, t + row * width, width, row_between[row],
+                                   row_lse[row], objective);
       to[row] = sums.teacher;
       to[row + rows] = sums.student;
     });
@@ -259,9 +265,9 @@ at::Tensor jsd_partials_cpu(const at::Tensor& student, const at::Tensor& teacher
 // Overwrites one row by its gradient, front to back: a block is written when it has been read, and
 // a narrower one lies within what has been read.
 template <typename out_t, typename T, typename scalar_t>
-KlSplit<T> gradient_of_row(scalar_t* z, const scalar_t* t, int64_t width, int64_t label,
-                              bool hot, KlDirection direction, const KlRow<T>& row,
-                              const KlObjective<T>& objective) {
+KlSplit<T> gradient_of_row(scalar_t* z, const scalar_t* t, int64_t width, int64_t label, bool hot,
+                           KlDirection direction, const KlRow<T>& row,
+                           const KlObjective<T>& objective) {
   KlSplit<T> sums{0, 0, 0};
   Block<T> room_z, room_t;
   GradientBlock<T> made;
@@ -272,7 +278,12 @@ KlSplit<T> gradient_of_row(scalar_t* z, const scalar_t* t, int64_t width, int64_
     if (label >= begin && label < begin + count) {
       made.gradient[label - begin] -= row.weight;
     }
-    narrow(made.gradient, count, reinterpret_cast<out_t*>(z) + begin);
+    out_t* const out = reinterpret_cast<out_t*>(z) + begin;
+    if (row.is_idle()) {
+      std::fill_n(out, count, out_t(0));
+    } else {
+      narrow(made.gradient, count, out);
+    }
   });
   return sums;
 }
@@ -304,9 +315,61 @@ at::Tensor kl_gradient_cpu(const at::Tensor& student, const at::Tensor& teacher,
       const auto sums = gradient_of_row<out_t>(
           z + row * width, t + row * width, width, labels[row], temperature != 1, way,
           kl_row(numbers, row_weights, row, rows), objective);
-      to[row] = sums.head;
-      to[row + rows] = sums.tail;
-      to[row + 2 * rows] = sums.mass;
+      write_kl_split(sums, to + row, rows);
+    });
+  });
+  return out;
+}
+
+// All of a pair of rows: its statistics, and the gradient in place of the student's.
+template <typename out_t, typename T, typename scalar_t>
+void loss_of_row(scalar_t* z, const scalar_t* t, int64_t width, int64_t label, T cross_entropy,
+                 T divergence, KlDirection direction, const KlObjective<T>& objective,
+                 const KlLoss<T>& loss, T* out, int64_t stride) {
+  const bool hot = loss.temperature != 1;
+  const bool reverse = direction == KlDirection::reverse;
+  const T inverse = objective.inverse_temperature;
+  const auto sums = sums_of_row(z, t, width, hot, reverse, inverse);
+  auto known = kl_known(sums, reverse, inverse);
+  T centre = known.divergence;
+  if (direction == KlDirection::jsd) {
+    const auto halves = jsd_of_row(z, t, width, known.between, known.hot_lse, objective);
+    known.divergence = jsd_of(halves, objective);
+    centre = halves.student;
+  }
+  const int columns = static_cast<int>(width);
+  write_kl_known(known, logit_at_label<T>(z, label, columns), logit_at_label<T>(t, label, columns),
+                 out, stride);
+  out[5 * stride] = width > 0 ? kl_agreement(sums, static_cast<T>(z[sums.first])) : T(0);
+  const auto row = kl_row(known, centre, cross_entropy, divergence, loss);
+  write_kl_split(gradient_of_row<out_t>(z, t, width, label, hot, direction, row, objective),
+                 out + 6 * stride, stride);
+}
+
+at::Tensor kl_cpu(const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& label_C,
+                  const at::Tensor& weights_2C, double temperature, c10::string_view direction,
+                  double beta, double z_loss, at::ScalarType dtype) {
+  check_pair(student, teacher);
+  const at::Tensor label = label_C.contiguous();
+  const at::Tensor weights = as_statistics(weights_2C, student);
+  const int64_t rows = student.size(0);
+  const int64_t width = student.size(1);
+  const KlDirection way = direction_of(direction);
+  at::Tensor out = empty_statistics(student, kKlStatistics);
+  with_logits_and_gradient(student, dtype, [&](auto zero, auto narrow_zero) {
+    using scalar_t = decltype(zero);
+    using math_t = wide_t<scalar_t>;
+    scalar_t* const z = student.mutable_data_ptr<scalar_t>();
+    const scalar_t* const t = teacher.const_data_ptr<scalar_t>();
+    const int64_t* const labels = label.const_data_ptr<int64_t>();
+    const math_t* const weight = weights.const_data_ptr<math_t>();
+    math_t* const to = out.mutable_data_ptr<math_t>();
+    const auto objective = kl_objective<math_t>(temperature, beta);
+    const KlLoss<math_t> loss{static_cast<math_t>(temperature), static_cast<math_t>(z_loss)};
+    share_rows(student, [&](int64_t row) {
+      loss_of_row<decltype(narrow_zero)>(z + row * width, t + row * width, width, labels[row],
+                                         weight[row], weight[row + rows], way, objective, loss,
+                                         to + row, rows);
     });
   });
   return out;
@@ -318,6 +381,7 @@ TORCH_LIBRARY_IMPL(mlr1, CPU, m) {
   m.impl("kl_partials", kl_partials_cpu);
   m.impl("jsd_partials", jsd_partials_cpu);
   m.impl("kl_gradient_", kl_gradient_cpu);
+  m.impl("kl_", kl_cpu);
 }
 
 }  // namespace mlr1

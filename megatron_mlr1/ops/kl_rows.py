@@ -1,10 +1,16 @@
 r"""Row arithmetic of `linear_kl`: what one chunk of logits of student and teacher goes through.
 
-Three ops, which compiled rows may replace: `mlr1::kl_partials` and, for the JSD alone,
-`mlr1::jsd_partials` read both rows of logits; `mlr1::kl_gradient_` reads both and overwrites the
-student's. The formulas and their names stand in `linear_kl`; for types see `cross_entropy_rows`.
-Logits of student and teacher have one type.
+Four ops, which compiled rows may replace. On a whole vocabulary `mlr1::kl_` does all in one pass:
+it reads each logit of both once, where a fast memory holds the two rows, and overwrites the
+student's. On one shard of it `mlr1::kl_partials` and, for the JSD alone, `mlr1::jsd_partials` read
+both rows, and `mlr1::kl_gradient_` reads both and overwrites the student's; what the shards tell
+each other lies between them.
+
+The formulas and their names stand in `linear_kl`; for types see `cross_entropy_rows`. Logits of
+student and teacher have one type.
 """
+
+from math import log
 
 import torch
 from torch import Tensor
@@ -12,6 +18,7 @@ from torch import Tensor
 import megatron_mlr1.ops.extension  # noqa: F401  registers the compiled rows
 from megatron_mlr1.ops.cross_entropy_rows import add_at_, logit_at, statistics, top_of, widened
 from megatron_mlr1.ops.head_chunks import row_blocks, rows_in
+from megatron_mlr1.ops.kl_known import COLUMNS, known_of, sums_at
 
 HEAD_PROBABILITY = 2.0**-10
 """Ids to which the teacher gives at least this much are the head of its distribution, the others
@@ -82,8 +89,7 @@ def _(
 
 def _below_mixture(gap_BV: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """Give log p'/m and log q'/m for log q'/p'."""
-    teacher, student = torch.tensor([beta, 1 - beta], dtype=torch.float64).log().tolist()
-    log_p = torch.logaddexp(gap_BV + student, gap_BV.new_tensor(teacher)).neg_()
+    log_p = torch.logaddexp(gap_BV + log(1 - beta), gap_BV.new_full((), log(beta))).neg_()
     return log_p, log_p + gap_BV
 
 
@@ -167,7 +173,8 @@ def kl_gradient_reference(  # noqa: PLR0913  as the schema of the op has them
         follow = _follow(p, q_hot, gap, centre, direction, beta)
         gradient = q.mul(pull).add_(follow.mul_(kd))
         add_at_(gradient, label_C[rows], -weights_3C[1, rows])
-        rows_in(student_CV, dtype)[rows] = gradient
+        idle = (weights_3C[:, rows, None] == 0).all(0)
+        rows_in(student_CV, dtype)[rows] = gradient.masked_fill_(idle, 0)
         is_head = p >= HEAD_PROBABILITY
         out_3C[2, rows] = p.mul(is_head).sum(1)
         terms = gap.mul_(p).neg_()
@@ -196,7 +203,8 @@ def kl_gradient_(  # noqa: PLR0913  as the schema of the op has them
         label_C: column of the label; -1 where another shard has it.
         rows_4C: log sum exp of z, of z / T and of t / T over the whole vocabulary, and what g
             takes off: D (reverse) or KL(q' || m) (jsd).
-        weights_3C: pull, weight, kd = w_kd T.
+        weights_3C: pull, weight, kd = w_kd T; where all are 0, the gradient is zeros, whatever the
+            logits are.
         temperature: T.
         direction: of `Objective`.
         beta: of `Objective`.
@@ -234,3 +242,85 @@ def _(  # noqa: PLR0913  as the schema of the op has them
     dtype: torch.dtype,
 ) -> Tensor:
     return statistics(student_CV, 3)
+
+
+def kl_reference(  # noqa: PLR0913  as the schema of the op has them
+    student_CV: Tensor,
+    teacher_CV: Tensor,
+    label_C: Tensor,
+    weights_2C: Tensor,
+    temperature: float,
+    direction: str,
+    beta: float,
+    z_loss: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Define `kl_` by what a split vocabulary goes through."""
+    logits, reverse = (student_CV, teacher_CV), direction == "reverse"
+    partials_PC = kl_partials_reference(*logits, label_C, temperature, reverse)
+    tops_2C = partials_PC[:2]
+    known = known_of(tops_2C, sums_at(partials_PC, tops_2C, temperature), temperature, direction)
+    if direction == "jsd":
+        halves_2C = jsd_partials_reference(*logits, known.between, known.lse_hot, temperature, beta)
+        known = known.with_jsd(halves_2C, beta)
+    weights_3C = known.weights_3C(weights_2C, temperature, z_loss)
+    split_3C = kl_gradient_reference(
+        *logits, label_C, known.rows_4C(), weights_3C, temperature, direction, beta, dtype
+    )
+    return known.columns(split_3C)
+
+
+@torch.library.custom_op("mlr1::kl_", mutates_args=("student_CV",))
+def kl_(  # noqa: PLR0913  as the schema of the op has them
+    student_CV: Tensor,
+    teacher_CV: Tensor,
+    label_C: Tensor,
+    weights_2C: Tensor,
+    temperature: float,
+    direction: str,
+    beta: float,
+    z_loss: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Overwrite z by w_ce [q (1 + 2 zeta lse) - e_label] + w_kd T g, in one pass.
+
+    Args:
+        student_CV: z over the whole vocabulary, overwritten.
+        teacher_CV: t.
+        label_C: column of the label; -1 for none, which counts as zero.
+        weights_2C: w_ce and w_kd; where both are 0, the gradient is zeros, whatever the logits are.
+        temperature: T.
+        direction: of `Objective`.
+        beta: of `Objective`.
+        z_loss: zeta of `Objective`.
+        dtype: of the gradient.
+
+    Returns:
+        [9, C]: `kl_known.COLUMNS`.
+    """
+    return kl_reference(
+        student_CV,
+        teacher_CV,
+        label_C,
+        weights_2C,
+        temperature,
+        direction,
+        beta,
+        z_loss,
+        dtype,
+    )
+
+
+@kl_.register_fake
+def _(  # noqa: PLR0913  as the schema of the op has them
+    student_CV: Tensor,
+    teacher_CV: Tensor,
+    label_C: Tensor,
+    weights_2C: Tensor,
+    temperature: float,
+    direction: str,
+    beta: float,
+    z_loss: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    return statistics(student_CV, len(COLUMNS))

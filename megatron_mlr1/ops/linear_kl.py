@@ -16,8 +16,9 @@ Distillation of Language Models", arXiv:2306.13649, section 3.) Both divergences
 Leibler are summed as sum p' (t - z) / T and not as a difference of two entropies, so that little
 cancels where the student is close.
 
-`kl_rows` has the row arithmetic, `head_chunks` the loop. A split vocabulary exchanges two maxima
-and ten sums a token and chunk, and for the JSD two sums more.
+`kl_rows` has the row arithmetic, `head_chunks` the loop. A whole vocabulary takes one pass over the
+logits of both. A split one exchanges two maxima and ten sums a token and chunk, and for the JSD two
+sums more.
 """
 
 from dataclasses import dataclass, replace
@@ -36,7 +37,8 @@ from megatron_mlr1.ops.head_chunks import (
     chunk_size,
     run_chunks,
 )
-from megatron_mlr1.ops.kl_rows import jsd_partials, kl_gradient_, kl_partials
+from megatron_mlr1.ops.kl_known import COLUMNS, known_of, sums_at
+from megatron_mlr1.ops.kl_rows import jsd_partials, kl_, kl_gradient_, kl_partials
 from megatron_mlr1.ops.wide_matmul import logits_into
 
 
@@ -146,138 +148,67 @@ def linear_kl(
     size = chunks.size or chunk_size(2 * shard.num_ids, device, dtype)
     size = min(size, max(student.hidden.size(0), 1))
     teacher_CV = torch.empty(size, shard.num_ids, dtype=dtype, device=device)
-    out = {name: torch.zeros_like(weights.cross_entropy) for name in (*COLUMNS, "total")}
+    out_KN = weights.cross_entropy.new_zeros(len(COLUMNS), labels_N.size(0))
 
     def gradient_in_place(student_CV: Tensor, place: Tensor | slice, dtype: torch.dtype) -> None:
         teacher_cv = teacher_CV[: student_CV.size(0)]
         teacher.logits_into(teacher_cv, place)
-        rows = TokenWeights(
-            cross_entropy=weights.cross_entropy[place], divergence=weights.divergence[place]
-        )
         label_C = shard.local(labels_N[place])
-        columns = _one_chunk(student_CV, teacher_cv, label_C, rows, objective, shard, wanted, dtype)
-        for name, column_C in columns.items():
-            out[name][place] = column_C
+        weights_2C = wanted.weighted(
+            torch.stack((weights.cross_entropy[place], weights.divergence[place]))
+        )
+        if shard.is_whole:
+            out_KN[:, place] = kl_(
+                student_CV,
+                teacher_cv,
+                label_C,
+                weights_2C,
+                objective.temperature,
+                objective.direction,
+                objective.beta,
+                objective.z_loss,
+                dtype,
+            )
+        else:
+            out_KN[:, place] = _split_chunk(
+                student_CV, teacher_cv, label_C, weights_2C, objective, shard, dtype
+            )
 
     chunks = replace(chunks, size=size)
     gradients = run_chunks(student.hidden, student.weight, shard, chunks, wanted, gradient_in_place)
-    parts_3N = torch.stack([out.pop(name) for name in ("kl_head", "kl_tail", "head_mass")])
-    shard.sum_across(parts_3N)
-    return Distillation(
-        total=out.pop("total").sum(),
-        gradients=gradients,
-        kl_head=parts_3N[0],
-        kl_tail=parts_3N[1],
-        head_mass=parts_3N[2],
-        **out,
-    )
+    out = dict(zip(COLUMNS, out_KN, strict=True))
+    shard.sum_across(out_KN[-3:])
+    lse_N = out.pop("lse")
+    penalised_N = out["cross_entropy"] + objective.z_loss * lse_N.square()
+    scale = objective.temperature**2
+    total_N = weights.cross_entropy * penalised_N + weights.divergence * scale * out["divergence"]
+    return Distillation(total=total_N.sum(), gradients=gradients, **out)
 
 
-COLUMNS = (
-    "cross_entropy",
-    "divergence",
-    "teacher_entropy",
-    "teacher_cross_entropy",
-    "agreement",
-    "kl_head",
-    "kl_tail",
-    "head_mass",
-)
-
-
-def _one_chunk(
+def _split_chunk(
     student_CV: Tensor,
     teacher_CV: Tensor,
     label_C: Tensor,
-    weights: TokenWeights,
+    weights_2C: Tensor,
     objective: Objective,
     shard: Shard,
-    wanted: Wanted,
     dtype: torch.dtype,
-) -> dict[str, Tensor]:
-    """Overwrite the student's logits by the loss's gradient; give the chunk's numbers by name."""
-    temperature, direction = objective.temperature, objective.direction
-    partials_PC = kl_partials(student_CV, teacher_CV, label_C, temperature, direction == "reverse")
-    rows = _merged(partials_PC, temperature, shard)
-    lse_C, lse_hot_C, teacher_lse_hot_C = rows["lse"], rows["lse_hot"], rows["teacher_lse_hot"]
-    between_C = lse_hot_C - teacher_lse_hot_C
-    centre_C = divergence_C = rows["cross"] + (-between_C if direction == "reverse" else between_C)
-    if direction == "jsd":
-        parts_2C = jsd_partials(
-            student_CV, teacher_CV, between_C, lse_hot_C, temperature, objective.beta
-        )
-        shard.sum_across(parts_2C)
-        centre_C = parts_2C[1]
-        divergence_C = objective.beta * parts_2C[0] + (1 - objective.beta) * parts_2C[1]
-    cross_entropy_C = lse_C - rows["label"]
-    z_loss = objective.z_loss
-    parts_3C = kl_gradient_(
-        student_CV,
-        teacher_CV,
-        label_C,
-        torch.stack((lse_C, lse_hot_C, teacher_lse_hot_C, centre_C)),
-        wanted.weighted(
-            torch.stack(
-                (
-                    weights.cross_entropy * (1 + 2 * z_loss * lse_C),
-                    weights.cross_entropy,
-                    weights.divergence * temperature,
-                )
-            )
-        ),
-        temperature,
-        direction,
-        objective.beta,
-        dtype,
-    )
-    penalised_C = cross_entropy_C + z_loss * lse_C.square()
-    total_C = weights.cross_entropy * penalised_C
-    return {
-        "total": total_C + weights.divergence * temperature**2 * divergence_C,
-        "cross_entropy": cross_entropy_C,
-        "divergence": divergence_C,
-        "teacher_entropy": rows["teacher_lse"] - rows["teacher_mean"],
-        "teacher_cross_entropy": rows["teacher_lse"] - rows["teacher_label"],
-        "agreement": rows["agreement"],
-        "kl_head": parts_3C[0],
-        "kl_tail": parts_3C[1],
-        "head_mass": parts_3C[2],
-    }
-
-
-def _merged(partials_PC: Tensor, temperature: float, shard: Shard) -> dict[str, Tensor]:
-    """Make rows over the whole vocabulary, [C] each, of all shards' `kl_partials`."""
+) -> Tensor:
+    """Do `kl_` over all shards; of the split of the divergence give this shard's part."""
+    temperature, direction, beta = objective.temperature, objective.direction, objective.beta
+    logits, reverse = (student_CV, teacher_CV), direction == "reverse"
+    partials_PC = kl_partials(*logits, label_C, temperature, reverse)
     tops_2C = partials_PC[:2].clone()
     shard.max_across(tops_2C)
-    # -inf in a shard without ids: what it would scale is zero there.
-    shift_S, shift_T = (partials_PC[:2] - tops_2C).clamp(min=-1e30)
-    hot_S, hot_T = (shift_S / temperature).exp(), (shift_T / temperature).exp()
-    q, q_hot, p, p_hot, cross_p, cross_q, spread, label, teacher_label, at_top = partials_PC[2:]
-    first = (shift_T == 0) & (at_top == tops_2C[0])
-    sums = torch.stack(
-        (
-            q * shift_S.exp(),
-            q_hot * hot_S,
-            p * shift_T.exp(),
-            p_hot * hot_T,
-            cross_p * hot_T,
-            cross_q * hot_S,
-            (spread + shift_T * p) * shift_T.exp(),
-            label,
-            teacher_label,
-            first.to(label.dtype),
-        )
-    )
+    sums = sums_at(partials_PC, tops_2C, temperature)
     shard.sum_across(sums)
-    q, q_hot, p, p_hot, cross_p, cross_q, spread, label, teacher_label, firsts = sums
-    return {
-        "lse": tops_2C[0] + q.log(),
-        "lse_hot": tops_2C[0] / temperature + q_hot.log(),
-        "teacher_lse": tops_2C[1] + p.log(),
-        "teacher_lse_hot": tops_2C[1] / temperature + p_hot.log(),
-        "cross": cross_p / p_hot + cross_q / q_hot,
-        "teacher_mean": tops_2C[1] + spread / p,
-        "label": label,
-        "teacher_label": teacher_label,
-        "agreement": firsts.clamp(max=1),
-    }
+    known = known_of(tops_2C, sums, temperature, direction)
+    if direction == "jsd":
+        halves_2C = jsd_partials(*logits, known.between, known.lse_hot, temperature, beta)
+        shard.sum_across(halves_2C)
+        known = known.with_jsd(halves_2C, beta)
+    weights_3C = known.weights_3C(weights_2C, temperature, objective.z_loss)
+    split_3C = kl_gradient_(
+        *logits, label_C, known.rows_4C(), weights_3C, temperature, direction, beta, dtype
+    )
+    return known.columns(split_3C)

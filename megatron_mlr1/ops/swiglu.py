@@ -60,10 +60,11 @@ def swiglu_backward_reference(grad_out: Tensor, gate_up: Tensor) -> Tensor:
 
 
 def _liger(gate_up: Tensor) -> Tensor:
-    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+    from liger_kernel.ops.swiglu import LigerFusedGateUpSiLUMulFunction
 
-    out: Tensor = LigerSiLUMulFunction.apply(*gate_up.chunk(2, dim=-1))
-    return out
+    # Of two dimensions: its backward fails for more.
+    rows: Tensor = LigerFusedGateUpSiLUMulFunction.apply(gate_up.reshape(-1, gate_up.size(-1)))
+    return rows.view(*gate_up.shape[:-1], rows.size(-1))
 
 
 def _math_dtype(tensor: Tensor) -> torch.dtype:

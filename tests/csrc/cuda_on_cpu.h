@@ -1,6 +1,7 @@
 // Executes the body of a CUDA kernel on a CPU, so that its indexing, reductions, barriers, shuffles,
 // shared memory and clusters are tested where there is no GPU. csrc/common/device.h includes it in
-// programs that define MLR1_EMULATED and has the rules that a kernel must keep.
+// programs that define MLR1_EMULATED and has the rules that a kernel must keep. The code that launches
+// kernels runs on cuda_host/.
 //
 // Every thread is a fiber with a stack of its own; the blocks of a cluster run together, clusters
 // one after the other. A fiber runs until it waits for others, and warps run as far ahead of each

@@ -17,7 +17,9 @@
 #include "fenced_memory.h"
 
 struct dim3 {
-  unsigned x = 1, y = 1, z = 1;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+
+  unsigned x, y, z;
 };
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 

@@ -1,4 +1,4 @@
-// How the entry points of kernels on pairs of logits and on targets choose types and launches.
+// How the entry points of kernels on pairs of logits choose types and launches.
 #pragma once
 
 #include <cstdint>

@@ -1,13 +1,15 @@
-"""The kernel of SwiGLU with FP8 output, run on a CPU, against the definition."""
+"""csrc/swiglu_fp8.cu, run whole on a CPU, against the definition."""
 
 import pytest
 import torch
 
 from megatron_mlr1.ops.swiglu_fp8 import swiglu_fp8_reference
+from tests.csrc.devices import H200, displaced, strided
 
-# Less than a tile, tiles and a part of one in both directions, and shapes that no vector divides.
-SHAPES = {"vectors": [(8, 24), (136, 144), (256, 128)], "elements": [(131, 37), (1, 130), (3, 1)]}
-CASES = [(*shape, moved == "vectors") for moved, shapes in SHAPES.items() for shape in shapes]
+# Less than a tile, tiles and a part of one in both directions, shapes that no vector divides, and
+# the models' widths.
+CASES = [(8, 24), (136, 144), (256, 128), (131, 37), (1, 130), (3, 1)]
+CASES += [(4, 2048), (3, 4096), (4, 6144)]
 ORDERS = (0, 1, 2, 3)
 TYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -22,18 +24,14 @@ def case(rows, width, dtype):
     return x.to(dtype), torch.tensor([1.75]), torch.tensor([0.5])
 
 
-def run(kernels, inputs, *, transpose, whole, order):
-    alignment = 16 if whole else None
-    x, scale, amax = (kernels.place(t, alignment=alignment) for t in inputs)
-    rows, width = x.size(0), x.size(1) // 2
-    y, yt = (
-        kernels.place(torch.full(shape, 0xAA, dtype=torch.uint8), alignment=alignment)
-        for shape in ((rows, width), (width, rows))
-    )
-    inverse = kernels.place(torch.tensor([torch.nan]))
-    sizes = (rows, width, x.dtype, transpose, whole)
-    kernels.run("swiglu_fp8", x, scale, y, yt, amax, inverse, *sizes, order=order)
-    return y, yt, inverse, amax
+def run(host, inputs, *, transpose, order=0):
+    """Bytes, their transpose, 1 / scale and amax; and the launch."""
+    run = host.run(H200, "swiglu_fp8", *inputs, transpose, order=order)
+    launches = {(launch.grid, launch.block, launch.shared_bytes) for launch in run.launches}
+    width, rows = inputs[0].size(-1) // 2, inputs[0].size(0)
+    blocks = -(-rows // 128) * -(-width // 128)
+    assert launches == ({((blocks, 1, 1), (256, 1, 1), 128 * 128)} if blocks else set())
+    return *run.result, run.arguments[2]
 
 
 def assert_is_the_definition(results, inputs, transpose):
@@ -47,35 +45,55 @@ def assert_is_the_definition(results, inputs, transpose):
     assert (y != out).float().mean() < 0.02
     torch.testing.assert_close(got_amax, expected, rtol=2**-8, atol=0)
     assert torch.equal(got_inverse, inverse)
-    assert torch.equal(yt, y.t()) if transpose else bool((yt == 0xAA).all())
+    assert torch.equal(yt, y.t()) if transpose else yt.shape == (0, 0)
+
+
+@pytest.fixture(scope="module")
+def host(host_code):
+    return host_code("swiglu_fp8")
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("transpose", [True, False], ids=["transposed", "plain"])
-@pytest.mark.parametrize(("rows", "width", "whole"), CASES)
-def test_the_kernel_matches_the_definition(emulated, rows, width, whole, transpose, dtype):
+@pytest.mark.parametrize(("rows", "width"), CASES)
+def test_the_bytes_are_the_definitions(host, rows, width, transpose, dtype):
     inputs = case(rows, width, dtype)
-    results = run(emulated("swiglu_fp8"), inputs, transpose=transpose, whole=whole, order=0)
-    assert_is_the_definition(results, inputs, transpose)
+    assert_is_the_definition(run(host, inputs, transpose=transpose), inputs, transpose)
 
 
-@pytest.mark.parametrize(("rows", "width", "whole"), [(136, 144, True), (131, 37, False)])
-def test_the_order_of_threads_changes_no_bit(emulated, rows, width, whole):
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_inputs_may_begin_anywhere_and_have_strides(host, dtype):
+    x, scale, amax = case(8, 24, dtype)
+    for moved in (displaced(x), strided(x)):
+        inputs = moved, scale, amax
+        assert_is_the_definition(run(host, inputs, transpose=True), inputs, True)
+
+
+@pytest.mark.parametrize("transpose", [True, False], ids=["transposed", "plain"])
+@pytest.mark.parametrize("shape", [(0, 24), (3, 0)], ids=str)
+def test_of_nothing_there_is_a_scale_alone(host, shape, transpose):
+    x, scale, amax = torch.empty(shape[0], 2 * shape[1]), torch.tensor([1.75]), torch.tensor([0.5])
+    results = run(host, (x, scale, amax), transpose=transpose)
+    expected = *swiglu_fp8_reference(x, scale, amax, transpose), amax
+    for got, wanted in zip(results, expected, strict=True):
+        assert torch.equal(got, wanted)
+        assert got.shape == wanted.shape
+
+
+@pytest.mark.parametrize(("rows", "width"), [(136, 144), (131, 37)])
+def test_the_order_of_threads_changes_no_bit(host, rows, width):
     inputs = case(rows, width, torch.bfloat16)
-    first, *others = (
-        run(emulated("swiglu_fp8"), inputs, transpose=True, whole=whole, order=order)
-        for order in ORDERS
-    )
+    first, *others = (run(host, inputs, transpose=True, order=order) for order in ORDERS)
     for results in others:
         for got, expected in zip(results, first, strict=True):
             assert torch.equal(got, expected)
 
 
-def test_amax_is_raised_and_never_lowered(emulated):
+def test_amax_is_raised_and_never_lowered(host):
     x, scale, _ = case(8, 16, torch.bfloat16)
     for before in (0.0, 1e6, torch.inf):
         inputs = (x, scale, torch.tensor([before]))
-        *_, amax = run(emulated("swiglu_fp8"), inputs, transpose=True, whole=True, order=1)
+        *_, amax = run(host, inputs, transpose=True, order=1)
         expected = inputs[2].clone()
         swiglu_fp8_reference(x, scale, expected, False)
         torch.testing.assert_close(amax, expected, rtol=2**-8, atol=0)

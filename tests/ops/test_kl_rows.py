@@ -6,13 +6,17 @@ import pytest
 import torch
 
 from megatron_mlr1.ops.extension import has_row
+from megatron_mlr1.ops.head_chunks import rows_in
+from megatron_mlr1.ops.kl_known import COLUMNS
 from megatron_mlr1.ops.kl_rows import (
     jsd_partials,
     jsd_partials_reference,
+    kl_,
     kl_gradient_,
     kl_gradient_reference,
     kl_partials,
     kl_partials_reference,
+    kl_reference,
 )
 from tests.support.logit_rows import (
     PAIRS,
@@ -47,6 +51,17 @@ def gradients_of(z, t, label, device, dtype, temperature, direction, beta=0.3):
     others = t.double(), label, numbers.double(), weights.double()
     expected = kl_gradient_reference(wide, *others, *words, torch.float64)
     return place.cpu(), split.cpu(), wide, expected
+
+
+def one_pass(z, t, label, device, dtype, temperature, direction):
+    """Logits overwritten by the op, its statistics, and both by the definition; idle rows too."""
+    weights = of_rows(2, len(z), z.dtype, seed=2)
+    weights[:, 1:2], weights[0, 2:3], weights[1, 3:4] = 0, 0, 0
+    words = (temperature, direction, 0.3, 0.01)
+    place, wide = z.clone().to(device), z.double()
+    out = kl_(place, *(each.to(device) for each in (t, label, weights)), *words, dtype)
+    expected = kl_reference(wide, t.double(), label, weights.double(), *words, torch.float64)
+    return place.cpu(), out.cpu(), wide, expected
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -85,6 +100,62 @@ def test_the_gradient_is_the_definitions(width, dtype, narrow, direction, temper
     place, split, wide, expected = gradients_of(z, t, label, device, narrow, temperature, direction)
     assert_gradient(place, wide, narrow)
     assert_sums(split, expected, dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("direction", "temperature"), [*product(DIRECTIONS, (1.0, 2.0))], ids=lambda word: str(word)
+)
+@pytest.mark.parametrize(("dtype", "narrow"), PAIRS, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_one_pass_is_the_definition(width, dtype, narrow, direction, temperature, device):
+    given = pair(5, width, dtype)
+    place, out, wide, expected = one_pass(*given, device, narrow, temperature, direction)
+    assert_gradient(place, wide, narrow)
+    assert_sums(out, expected, dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(("dtype", "narrow"), PAIRS, ids=str)
+def test_one_pass_over_a_whole_vocabulary_is_the_definition(dtype, narrow, direction, device):
+    given = pair(3, 128_256, dtype)
+    place, out, wide, expected = one_pass(*given, device, narrow, 1.0, direction)
+    assert_gradient(place, wide, narrow)
+    assert_sums(out, expected, dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_huge_and_missing_logits_are_in_one_pass_as_in_the_definition(direction, device):
+    z, t, label = pair(7, 2500, torch.float32)
+    z[0, 3:] += 1000
+    t[2, 2:] -= 1000
+    z[3, 5], t[4, 6] = -INF, -INF
+    z[5], t[6] = -INF, -INF
+    got = one_pass(z, t, label, device, z.dtype, 1.0, direction)
+    # A logit of 1000 has an error of 2^-15 in fp32, and so have logarithms of its probability.
+    close = {"rtol": 5e-4, "equal_nan": True}
+    torch.testing.assert_close(got[0].double(), got[2], atol=1e-6, **close)
+    torch.testing.assert_close(got[1].double(), got[3], atol=1e-3, **close)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_row_that_weighs_nothing_has_no_gradient_whatever_its_logits_are(direction, device):
+    z, t, label = pair(3, 2500, torch.float32)
+    z[1, 700:], t[1, 3], z[1, 5] = torch.nan, INF, INF
+    numbers, weights = of_rows(4, 3, z.dtype), of_rows(3, 3, z.dtype)
+    weights[:, 1] = 0
+    words = (1.0, direction, 0.3)
+    place, others = z.clone().to(device), [each.to(device) for each in (t, label, numbers, weights)]
+    kl_gradient_(place, *others, *words, torch.bfloat16)
+    once = one_pass(z, t, label, device, torch.bfloat16, 1.0, direction)
+    for logits in (place, once[0]):
+        gradient = rows_in(logits.cpu(), torch.bfloat16)
+        assert not gradient[1].any()
+        assert gradient[[0, 2]].isfinite().all()
+    assert once[1][0].isnan().tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -136,6 +207,14 @@ def test_without_ids_or_tokens_it_gives_what_the_definition_gives(shape, device)
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_without_tokens_one_pass_gives_nothing(device):
+    z = torch.empty(0, 9, device=device)
+    label = torch.empty(0, dtype=torch.int64, device=device)
+    out = kl_(z, z.clone(), label, z.new_empty(2, 0), 2.0, "jsd", 0.5, 0.0, torch.bfloat16)
+    assert out.shape == (len(COLUMNS), 0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_of_several_largest_logits_of_the_teacher_the_first_counts(device):
     z, t, label = pair(4, 6000, torch.float32)
     for row, columns in enumerate([(5999, 4000), (17, 18), (2, 2048 + 2), (1023, 1024, 5000)]):
@@ -162,12 +241,21 @@ def test_memory_may_begin_anywhere(device):
     words = (2.0, "jsd", 0.5, torch.float64)
     kl_gradient_reference(wide, t.double(), label, numbers, weights, *words)
     assert_gradient(place[0].cpu(), wide, z.dtype)
+    place[0].copy_(z)
+    wide = z.double()
+    arguments = label, weights[:2].to(z.dtype)
+    words = (2.0, "jsd", 0.5, 0.01)
+    out = kl_(*place, *(each.to(device) for each in arguments), *words, z.dtype)
+    expected = kl_reference(wide, t.double(), label, weights[:2], *words, torch.float64)
+    assert_gradient(place[0].cpu(), wide, z.dtype)
+    assert_sums(out.cpu(), expected, z.dtype)
 
 
 def results(z, t, label, direction):
     sums = kl_partials(z, t, label, 2.0, direction == "reverse")
     place, split, _, _ = gradients_of(z, t, label, "cpu", torch.bfloat16, 2.0, direction)
-    return sums, place.view(torch.int32), split
+    once, out, _, _ = one_pass(z, t, label, "cpu", torch.bfloat16, 2.0, direction)
+    return sums, place.view(torch.int32), split, once.view(torch.int32), out
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -198,7 +286,9 @@ def test_a_hundred_runs_on_a_gpu_give_equal_bits(direction):
         halves = jsd_partials(z, t, numbers[1] - numbers[2], numbers[1], 2.0, 0.3)
         place, words = z.clone(), (2.0, direction, 0.3, torch.bfloat16)
         split = kl_gradient_(place, t, label, numbers, weights, *words)
-        return sums, halves, split, place.view(torch.int32)
+        in_one, words = z.clone(), (2.0, direction, 0.3, 0.01, torch.bfloat16)
+        out = kl_(in_one, t, label, weights[:2], *words)
+        return sums, halves, split, place.view(torch.int32), out, rows_in(in_one, words[-1])
 
     first = once()
     for _ in range(99):
@@ -208,7 +298,7 @@ def test_a_hundred_runs_on_a_gpu_give_equal_bits(direction):
 @pytest.mark.ext
 @pytest.mark.parametrize("device", DEVICES)
 def test_compiled_rows_take_the_place_of_the_definitions(device):
-    for op in ("kl_partials", "jsd_partials", "kl_gradient_"):
+    for op in ("kl_partials", "jsd_partials", "kl_gradient_", "kl_"):
         assert has_row(f"mlr1::{op}", device.upper())
 
 

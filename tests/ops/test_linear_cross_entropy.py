@@ -192,7 +192,8 @@ def test_a_shard_without_ids_says_that_it_has_nothing():
 def test_a_narrow_gradient_is_the_wide_one_rounded_once(dtype):
     generator = torch.Generator().manual_seed(4)
     z = 3 * torch.randn(9, 77, generator=generator)
-    label, weight = torch.randint(-1, 77, (9,), generator=generator), torch.rand(9)
+    label = torch.randint(-1, 77, (9,), generator=generator)
+    weight = torch.rand(9, generator=generator)
     wide, narrow = z.clone(), z.clone()
     rows = [
         cross_entropy_(out, label, weight, 0.1, t) for out, t in ((wide, z.dtype), (narrow, dtype))
@@ -200,16 +201,20 @@ def test_a_narrow_gradient_is_the_wide_one_rounded_once(dtype):
     assert torch.equal(*rows)
     assert torch.equal(rows_in(narrow, dtype), wide.to(dtype))
     lse = rows[0][0]
-    shard = z.clone()
-    cross_entropy_gradient_(shard, label, lse, weight * (1 + 0.2 * lse), weight, dtype)
-    assert torch.equal(rows_in(shard, dtype), wide.to(dtype))
+    wide, narrow = z.clone(), z.clone()
+    for out, t in ((wide, z.dtype), (narrow, dtype)):
+        cross_entropy_gradient_(out, label, lse, weight * (1 + 0.2 * lse), weight, t)
+    assert torch.equal(rows_in(narrow, dtype), wide.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_narrow_logits_are_reckoned_with_in_fp32(dtype):
     generator = torch.Generator().manual_seed(4)
     narrow = (3 * torch.randn(9, 77, generator=generator)).to(dtype)
-    label, weight = torch.randint(-1, 77, (9,), generator=generator), torch.rand(9)
+    label, weight = (
+        torch.randint(-1, 77, (9,), generator=generator),
+        torch.rand(9, generator=generator),
+    )
     wide = narrow.float()
     torch.testing.assert_close(
         cross_entropy_partials(narrow, label), cross_entropy_partials(wide, label), rtol=0, atol=0

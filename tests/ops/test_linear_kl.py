@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from megatron_mlr1.ops.head_chunks import BOTH_GRADIENTS, Chunks, Shard, Wanted, rows_in
-from megatron_mlr1.ops.kl_rows import HEAD_PROBABILITY, jsd_partials, kl_gradient_, kl_partials
+from megatron_mlr1.ops.kl_known import COLUMNS
+from megatron_mlr1.ops.kl_rows import (
+    HEAD_PROBABILITY,
+    jsd_partials,
+    kl_,
+    kl_gradient_,
+    kl_partials,
+)
 from megatron_mlr1.ops.linear_cross_entropy import linear_cross_entropy
 from megatron_mlr1.ops.linear_kl import Head, Objective, TokenWeights, linear_kl
 from tests.support.softmax_losses import case, divergence, logits, value_and_gradients
@@ -17,7 +24,7 @@ FORWARD = Objective()
 DIRECTIONS = ("forward", "reverse", "jsd")
 
 
-def run(inputs, objective=FORWARD, size=7, *, wanted=BOTH_GRADIENTS, **chunks):
+def run(inputs, objective=FORWARD, size=7, *, wanted=BOTH_GRADIENTS, shard=None, **chunks):
     weights = TokenWeights(cross_entropy=inputs.ce_weight, divergence=inputs.kd_weight)
     return linear_kl(
         Head(hidden=inputs.hidden, weight=inputs.weight),
@@ -25,7 +32,7 @@ def run(inputs, objective=FORWARD, size=7, *, wanted=BOTH_GRADIENTS, **chunks):
         inputs.labels,
         weights,
         objective=objective,
-        shard=Shard(first_id=0, num_ids=inputs.num_ids),
+        shard=shard or Shard(first_id=0, num_ids=inputs.num_ids),
         chunks=Chunks(size=size, **chunks),
         wanted=wanted,
     )
@@ -49,6 +56,20 @@ def test_value_and_gradients_are_the_definitions(direction, temperature, alpha):
     words = {"direction": direction, "temperature": temperature, "beta": 0.2, "z_loss": 0.01}
     result = run(inputs, Objective(**words))
     for got, want in zip(outputs(result), value_and_gradients(inputs, **words), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_one_pass_is_what_a_split_vocabulary_takes_several_for(direction):
+    inputs = case(ids=3000)
+    objective = Objective(direction=direction, temperature=2.0, z_loss=0.01)
+    alone = Shard(first_id=0, num_ids=inputs.num_ids, max_across=lambda _: None)
+    assert not alone.is_whole
+    once, several = run(inputs, objective), run(inputs, objective, shard=alone)
+    for name in set(COLUMNS) - {"lse"}:
+        got, want = getattr(once, name), getattr(several, name)
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    for got, want in zip(outputs(once), outputs(several), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
@@ -208,6 +229,8 @@ def test_its_rows_are_ops_that_torch_can_trace(device):
     for direction in DIRECTIONS:
         args = (z, t, label, rows, weights, 2.0, direction, 0.3, z.dtype)
         torch.library.opcheck(torch.ops.mlr1.kl_gradient_.default, args)
+        args = (z, t, label, weights[:2], 2.0, direction, 0.3, 0.01, z.dtype)
+        torch.library.opcheck(torch.ops.mlr1.kl_.default, args)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -218,6 +241,11 @@ def test_a_narrow_gradient_is_the_wide_one_rounded_once(direction):
     parts = [
         kl_gradient_(out, *args, to) for out, to in ((wide, z.dtype), (narrow, torch.bfloat16))
     ]
+    assert torch.equal(*parts)
+    assert torch.equal(rows_in(narrow, torch.bfloat16), wide.bfloat16())
+    wide, narrow = z.clone(), z.clone()
+    args = (t, label, weights[:2], 2.0, direction, 0.3, 0.01)
+    parts = [kl_(out, *args, to) for out, to in ((wide, z.dtype), (narrow, torch.bfloat16))]
     assert torch.equal(*parts)
     assert torch.equal(rows_in(narrow, torch.bfloat16), wide.bfloat16())
 
