@@ -120,10 +120,36 @@ class ForwardStep:
         masked = args.dataloader_inter_document_masking
         if not here.is_end and not masked:
             return {}, None
-        whole = read.batch if isinstance(read, Ahead) else read
-        batch = get_batch_on_this_tp_rank(
+        batch = self._shared(read.batch if isinstance(read, Ahead) else read, here, evaluates)
+        packed = _packed(batch, args.seq_length) if masked else None
+        if not here.is_end:
+            return {}, packed
+        if here.is_last_stage and self._distilling is not None:
+            labels = batch["labels"]
+            assert labels is not None, "the last stage has labels"
+            # Cut as all else, it says which of the micro-batch's tokens are here.
+            batch["rows"] = torch.arange(labels.numel(), device=labels.device).view_as(labels)
+        batch = get_batch_on_this_cp_rank(
+            batch,
+            is_hybrid_cp=False,
+            cp_group=here.context_group,
+            use_per_sequence_balancing=masked,
+        )
+        return batch, packed
+
+    def _shared(self, whole: dict[str, Any], here: Place, evaluates: bool) -> Batch:
+        """Bring a batch to the devices of the tensor-parallel group, packed into one sequence.
+
+        A process that shares with nobody packs on the host, which is where it counts documents:
+        on the device each count would wait for the micro-batch before.
+        """
+        args = self._args
+        alone = here.tensor_group.size() == 1
+        if alone:
+            whole = flatten_batch_for_packed_sequences(dict(whole))
+        batch: Batch = get_batch_on_this_tp_rank(
             on_device(whole) if here.tensor_rank == 0 else {},
-            has_cu_seqlens=masked,
+            has_cu_seqlens=args.dataloader_inter_document_masking and not alone,
             is_hybrid_cp=False,
             create_attention_mask_in_dataloader=False,
             broadcast_src_rank=here.tensor_source,
@@ -137,21 +163,10 @@ class ForwardStep:
             is_pipeline_first_stage=here.is_first_stage,
             is_pipeline_last_stage=here.is_last_stage,
         )
-        batch = flatten_batch_for_packed_sequences(batch)
-        packed = _packed(batch, args.seq_length) if masked else None
-        if not here.is_end:
-            return {}, packed
-        if here.is_last_stage and self._distilling is not None:
-            labels = batch["labels"]
-            # Cut as all else, it says which of the micro-batch's tokens are here.
-            batch["rows"] = torch.arange(labels.numel(), device=labels.device).view_as(labels)
-        batch = get_batch_on_this_cp_rank(
-            batch,
-            is_hybrid_cp=False,
-            cp_group=here.context_group,
-            use_per_sequence_balancing=masked,
-        )
-        return batch, packed
+        if alone:
+            return {**batch, "max_seqlen": whole.get("max_seqlen")}
+        packed: Batch = flatten_batch_for_packed_sequences(batch)
+        return packed
 
     def _loss(self, done: MicroBatchLoss) -> Loss:
         """Have the engine judge the sum of a micro-batch before it spreads."""

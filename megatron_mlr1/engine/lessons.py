@@ -80,7 +80,7 @@ class Lessons:
                 name: np.concatenate([one.arrays[name] for one in targets])
                 for name in targets[0].arrays
             }
-            given = sparse_of(Targets(spec, arrays), device)
+            given = sparse_of(Targets(spec, arrays), torch.device("cpu"))
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "ids": ((num, columns), torch.int64),
             "weights": ((num, kept), torch.float32),
@@ -89,7 +89,10 @@ class Lessons:
         }
         parts = {
             name: self._broadcast(
-                None if given is None else getattr(given, name)[order_N], shape, dtype, device
+                None if given is None else _brought(getattr(given, name), device)[order_N],
+                shape,
+                dtype,
+                device,
             )
             for name, (shape, dtype) in shapes.items()
         }
@@ -129,6 +132,12 @@ def _ordered(targets: Sequence[Targets], name: str, order_SB: Tensor) -> Tensor:
     for number, one in enumerate(states):
         whole[number * length : (number + 1) * length].copy_(one, non_blocking=True)
     return whole.index_select(0, order_SB.reshape(-1)).view(*order_SB.shape, *whole.shape[1:])
+
+
+def _brought(whole: Tensor, device: torch.device) -> Tensor:
+    """Copy to the device without waiting for what it does: out of page-locked memory."""
+    on_host = whole.pin_memory() if device.type == "cuda" else whole
+    return on_host.to(device, non_blocking=True)
 
 
 def _bytes(tensor: Tensor) -> Tensor:

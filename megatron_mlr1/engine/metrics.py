@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import megatron.training.training
+import torch
 from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
 from megatron.training import get_tensorboard_writer, get_timers
 
+from megatron_mlr1 import cpu
 from megatron_mlr1.model.shape import ModelShape
 
 RECORD = "metrics.jsonl"
@@ -210,13 +212,15 @@ class Metrics:
             self._waits_ms.append(float(str(lessons["kd wait ms"])))
         if speed is not None:
             corpora = self._corpus_tokens()
-            print(line(iteration, tokens, speed, corpora) + self._waited(), flush=True)
-            plot(get_tensorboard_writer(), iteration, tokens, speed, corpora)
+            peak = peak_memory()
+            print(line(iteration, tokens, speed, corpora, peak) + self._waited(), flush=True)
+            plot(get_tensorboard_writer(), iteration, tokens, speed, corpora, peak)
             plot_lessons(get_tensorboard_writer(), iteration, lessons)
             row |= {
                 "tokens_per_second": speed.tokens_per_second,
                 "tflops_per_gpu": speed.tflops_per_gpu,
                 "mfu": speed.mfu,
+                "peak_memory_bytes": peak,
                 "corpus_tokens": corpora,
             }
         if self._args.save is not None:
@@ -237,7 +241,18 @@ class Metrics:
         return {name: number * self._args.seq_length for name, number in samples.items()}
 
 
-def line(iteration: int, tokens: int, speed: Throughput, corpora: Mapping[str, int]) -> str:
+def peak_memory() -> int | None:
+    """Give the most bytes that torch held on this process's GPU since its start; None on a CPU."""
+    return None if cpu.is_active() else torch.cuda.max_memory_allocated()
+
+
+def line(
+    iteration: int,
+    tokens: int,
+    speed: Throughput,
+    corpora: Mapping[str, int],
+    peak_bytes: int | None,
+) -> str:
     """Write the line that follows the engine's own in the log."""
     parts = [
         f" iteration {iteration:8d}",
@@ -247,6 +262,8 @@ def line(iteration: int, tokens: int, speed: Throughput, corpora: Mapping[str, i
         f"TFLOP/s/GPU: {speed.tflops_per_gpu:.4g}",
         "MFU: peak unknown" if speed.mfu is None else f"MFU: {100 * speed.mfu:.1f} %",
     ]
+    if peak_bytes is not None:
+        parts.append(f"peak memory: {peak_bytes / 1e9:.1f} GB")
     if corpora:
         parts.append(
             "tokens by corpus: " + ", ".join(f"{k} {_short(v)}" for k, v in corpora.items())
@@ -260,6 +277,7 @@ def plot(
     tokens: int,
     speed: Throughput,
     corpora: Mapping[str, int],
+    peak_bytes: int | None,
 ) -> None:
     """Draw the same in TensorBoard, where the engine opened it."""
     if writer is None:
@@ -271,6 +289,8 @@ def plot(
     writer.add_scalar("throughput/tflops-per-gpu", speed.tflops_per_gpu, iteration)
     if speed.mfu is not None:
         writer.add_scalar("throughput/mfu", speed.mfu, iteration)
+    if peak_bytes is not None:
+        writer.add_scalar("memory/peak-gb", peak_bytes / 1e9, iteration)
     writer.add_scalar("tokens/seen", tokens, iteration)
     for name, count in corpora.items():
         writer.add_scalar(f"tokens/{name}", count, iteration)

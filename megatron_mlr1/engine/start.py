@@ -6,15 +6,26 @@ carry one stage's schedule into the next. Both are decided here instead.
 
 import json
 import os
+import pickle
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
 
+from megatron.core.dist_checkpointing import load_common_state_dict
+from megatron.core.dist_checkpointing.core import CheckpointingException
+
+from megatron_mlr1 import cpu
 from megatron_mlr1.errors import CheckpointError, ConfigError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 """The engine's file that names the newest whole checkpoint of a folder."""
+
+_UNREADABLE = (
+    *(CheckpointingException, pickle.UnpicklingError, EOFError),
+    *(OSError, RuntimeError, ValueError, AssertionError),
+)
+"""How a damaged checkpoint shows when it is read."""
 
 RUN = "run.json"
 """Our record beside the checkpoints: which run wrote them, and with which words."""
@@ -112,9 +123,7 @@ def decide(
         _refuse_other_run(run, save)
         _refuse_release(save)
         _refuse_other_order(run, save, new_data_order=new_data_order)
-        return Start(
-            words=("--load", str(save)), reason=f"goes on from its last checkpoint in {save}"
-        )
+        return _go_on(save, f"goes on from its last checkpoint in {save}")
     if load is not None and load != save:
         return _from(load, run, new_data_order=new_data_order)
     if needs_load is not None and not from_scratch:
@@ -162,6 +171,39 @@ def has_checkpoint(folder: Path) -> bool:
     return (folder / TRACKER).is_file()
 
 
+def _go_on(folder: Path, reason: str) -> Start:
+    """Load all that a folder holds, but random numbers that do not fit the device.
+
+    A CPU's generator has 5,056 bytes and a GPU's 16: the engine would end with a stack trace when
+    it hands one the other's.
+    """
+    words = ("--load", str(folder))
+    if _was_in_cpu_mode(folder) in (None, cpu.is_active()):
+        return Start(words=words, reason=reason)
+    there, here = ("a GPU", "a CPU") if cpu.is_active() else ("a CPU", "a GPU")
+    return Start(
+        words=(*words, "--no-load-rng"),
+        reason=f"{reason}, which {there} wrote; random numbers start anew on {here}",
+    )
+
+
+def _was_in_cpu_mode(folder: Path) -> bool | None:
+    """Tell whether CPU mode wrote the newest checkpoint; None where it cannot be read.
+
+    Then the engine, which reads it next, says what is wrong with it.
+    """
+    iteration = (folder / TRACKER).read_text().strip()
+    if not iteration.isdecimal():
+        return None
+    try:
+        common = load_common_state_dict(folder / f"iter_{int(iteration):07d}")
+    except _UNREADABLE:
+        return None
+    # CPU mode is over gloo always, see `cpu.FLAGS`.
+    backend = getattr(common.get("args"), "distributed_backend", None)
+    return None if backend is None else backend == "gloo"
+
+
 def _from(load: Path, run: Run, *, new_data_order: bool) -> Start:
     if not has_checkpoint(load):
         raise CheckpointError(
@@ -171,9 +213,7 @@ def _from(load: Path, run: Run, *, new_data_order: bool) -> Start:
     other = Run.read(load)
     if other is not None and (other.model, other.stage) == (run.model, run.stage):
         _refuse_other_order(run, load, new_data_order=new_data_order)
-        return Start(
-            words=("--load", str(load)), reason=f"goes on from {load}, the same stage's run"
-        )
+        return _go_on(load, f"goes on from {load}, the same stage's run")
     if other is not None and other.model != run.model:
         raise ConfigError(
             f"--load {load} holds a {other.model} and this run trains a {run.model}; the weights "

@@ -200,7 +200,8 @@ def logits_divergence(
     else:
         log_m = torch.logaddexp(log_p + log(beta), log_q + log(1 - beta))
         terms = beta * log_p.exp() * (log_p - log_m) + (1 - beta) * log_q.exp() * (log_q - log_m)
-    return terms.sum(1)[labels_N != LEFT_OUT].sum()
+    # Not by index: how many tokens are left is known on the device alone.
+    return terms.sum(1).masked_fill(labels_N == LEFT_OUT, 0).sum()
 
 
 def _refuse_other_states(states: Tensor, num_tokens: int, teacher_weight: Tensor) -> None:

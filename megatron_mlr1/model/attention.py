@@ -80,11 +80,13 @@ class CausalAttention(nn.Module):
     def _attend(self, q_BHSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Tensor:
         """Attend each query to the keys up to its own place, counted from the end of the keys."""
         heads_per_group = q_BHSD.size(1) // k_BGSD.size(1)
-        if heads_per_group > 1 and not q_BHSD.is_cuda:
-            # The CPU's flash kernel takes no groups; without this it forms all S x S scores.
+        num_queries, num_keys = q_BHSD.size(2), k_BGSD.size(2)
+        grouped = heads_per_group > 1
+        if grouped and not (num_queries == num_keys and flash_takes_groups(q_BHSD)):
+            # Without this torch would form all S x S scores.
             k_BGSD = k_BGSD.repeat_interleave(heads_per_group, dim=1)
             v_BGSD = v_BGSD.repeat_interleave(heads_per_group, dim=1)
-        num_queries, num_keys = q_BHSD.size(2), k_BGSD.size(2)
+            grouped = False
         mask = None
         if num_queries != num_keys:
             ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q_BHSD.device)
@@ -97,7 +99,7 @@ class CausalAttention(nn.Module):
             is_causal=mask is None,
             dropout_p=self.dropout if self.training else 0.0,
             scale=self.softmax_scale,
-            enable_gqa=q_BHSD.is_cuda and heads_per_group > 1,
+            enable_gqa=grouped,
         )
 
     def _packed(
@@ -163,6 +165,15 @@ class CausalAttention(nn.Module):
             [chunks[2 * rank] for rank in range(size)]
             + [chunks[2 * rank + 1] for rank in reversed(range(size))]
         )
+
+
+def flash_takes_groups(q_BHSD: Tensor) -> bool:
+    """Whether a kernel of `scaled_dot_product_attention` takes grouped queries as they are.
+
+    Flash attention on CUDA does, without a mask and for 16-bit numbers; the CPU's does not, nor
+    does the one of CUDA that is left for a mask or for fp32.
+    """
+    return q_BHSD.is_cuda and q_BHSD.dtype in (torch.bfloat16, torch.float16)
 
 
 def varlen_can(q_THD: Tensor, dropout: float) -> bool:

@@ -16,8 +16,14 @@ REQUIRED: dict[str, object] = {
     "normalization": "RMSNorm",
     "gated_linear_unit": True,
     "add_bias_linear": False,
+    "use_mup": False,
+    "mtp_num_layers": None,
 }
-"""What makes a decoder a MobileLLM-R1, by the names of the engine's configuration."""
+"""What makes a decoder a MobileLLM-R1, by the names of the engine's configuration.
+
+The last two change what the head gives: factors of muP, and layers that predict further tokens.
+Neither the fused losses nor the published layout know them.
+"""
 
 
 def finish(config: TransformerConfig) -> TransformerConfig:

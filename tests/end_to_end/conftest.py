@@ -122,6 +122,8 @@ def torchrun(
 ) -> "subprocess.Popen[bytes]":
     """Start what the documents tell a person to start."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    # Where the name of the host cannot be resolved.
+    command += ["--local-addr", "127.0.0.1"]
     command += ["--nproc-per-node", str(processes), "-m", "megatron_mlr1.train", *words]
     with log.open("w") as file:
         return subprocess.Popen(

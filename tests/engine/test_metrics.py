@@ -10,7 +10,14 @@ from megatron_mlr1.model.shape import named_shape
 
 cpu.activate()
 
-from megatron_mlr1.engine.metrics import Record, Throughput, line, plot, throughput  # noqa: E402
+from megatron_mlr1.engine.metrics import (  # noqa: E402
+    Record,
+    Throughput,
+    line,
+    peak_memory,
+    plot,
+    throughput,
+)
 
 SPEED = Throughput(
     tokens_per_second=1.28e6, tokens_per_second_per_gpu=1e4, tflops_per_gpu=61.1, mfu=0.0618
@@ -43,14 +50,23 @@ def test_no_mfu_is_made_up_where_the_peak_is_not_known():
         peak_tflops=None,
     )
     assert speed.mfu is None
-    assert "peak unknown" in line(1, 1, speed, {})
+    assert "peak unknown" in line(1, 1, speed, {}, None)
 
 
 def test_the_line_shows_speed_and_corpora():
-    text = line(10, 1_530_000_000, SPEED, {"wiki": 1000, "code": 2_500_000})
+    text = line(10, 1_530_000_000, SPEED, {"wiki": 1000, "code": 2_500_000}, None)
+    assert "memory" not in text
     for part in ("tokens seen: 1.53B", "tokens/s: 1.28M", "tokens/s/GPU: 10k", "MFU: 6.2 %"):
         assert part in text
     assert text.endswith("tokens by corpus: wiki 1k, code 2.5M")
+
+
+def test_the_line_shows_the_peak_of_a_gpus_memory():
+    assert "| peak memory: 71.3 GB | tokens by" in line(1, 1, SPEED, {"wiki": 1}, 71_340_000_000)
+
+
+def test_there_is_no_peak_of_a_gpu_in_cpu_mode():
+    assert peak_memory() is None
 
 
 class Curves:
@@ -63,11 +79,13 @@ class Curves:
 
 def test_tensorboard_gets_the_same_figures():
     curves = Curves()
-    plot(curves, 10, 99, SPEED, {"wiki": 1000})
+    plot(curves, 10, 99, SPEED, {"wiki": 1000}, None)
+    assert "memory/peak-gb" not in curves.points
     assert curves.points["throughput/mfu"] == (0.0618, 10)
     assert curves.points["tokens/seen"] == (99, 10)
     assert curves.points["tokens/wiki"] == (1000, 10)
-    plot(curves, 11, 99, replace(SPEED, mfu=None), {})
+    plot(curves, 11, 99, replace(SPEED, mfu=None), {}, 2_500_000_000)
+    assert curves.points["memory/peak-gb"] == (2.5, 11)
     assert curves.points["throughput/mfu"] == (0.0618, 10)
     assert curves.points["throughput/tflops-per-gpu"] == (61.1, 11)
 

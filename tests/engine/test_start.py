@@ -1,12 +1,19 @@
 """Where a run starts."""
 
 import json
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from megatron_mlr1.engine.start import (
+from megatron_mlr1 import cpu
+from megatron_mlr1.errors import CheckpointError, ConfigError
+
+cpu.activate()
+
+from megatron_mlr1.engine.start import (  # noqa: E402
     RUN,
     TRACKER,
     Run,
@@ -15,7 +22,6 @@ from megatron_mlr1.engine.start import (
     remember_teacher,
     without,
 )
-from megatron_mlr1.errors import CheckpointError, ConfigError
 
 
 def a_run(stage: str = "pretrain_phase2", model: str = "tiny") -> Run:
@@ -43,6 +49,34 @@ def test_a_run_goes_on_from_its_own_last_checkpoint(tmp_path):
     former = checkpoint(tmp_path / "former", a_run("pretrain_phase1"))
     found = start(a_run(), save=save, load=former, needs_load="pretrain_phase1")
     assert found.words == ("--load", str(save))
+
+
+def written_over(folder: Path, backend: str) -> None:
+    """Let a folder's checkpoint say over which backend its run spoke."""
+    iteration = folder / "iter_0000005"
+    iteration.mkdir()
+    (iteration / "metadata.json").write_text(
+        json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
+    )
+    torch.save({"args": Namespace(distributed_backend=backend)}, iteration / "common.pt")
+
+
+@pytest.mark.parametrize("given", ["save", "load"])
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_random_numbers_of_another_kind_of_device_are_left_behind(tmp_path, backend, given):
+    folder = checkpoint(tmp_path / "run", a_run())
+    written_over(folder, backend)
+    found = start(a_run(), **{given: folder})
+    fits = (backend == "gloo") == cpu.is_active()
+    assert found.words == ("--load", str(folder), *([] if fits else ["--no-load-rng"]))
+    assert ("random numbers start anew" in found.reason) == (not fits)
+
+
+def test_a_damaged_checkpoint_is_left_to_the_engine_to_name(tmp_path):
+    folder = checkpoint(tmp_path / "run", a_run())
+    written_over(folder, "gloo")
+    (folder / "iter_0000005" / "common.pt").write_bytes(b"no pickle")
+    assert start(a_run(), save=folder).words == ("--load", str(folder))
 
 
 def test_a_stage_starts_from_the_weights_of_the_former_alone(tmp_path):

@@ -205,7 +205,15 @@ def test_output_projections_start_like_every_other_layer():
     assert std.item() == pytest.approx(0.02, rel=0.02)
 
 
-@pytest.mark.parametrize(("name", "value"), [("qk_l2_norm", False), ("rotary_interleaved", False)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("qk_l2_norm", False),
+        ("rotary_interleaved", False),
+        ("use_mup", True),
+        ("mtp_num_layers", 1),
+    ],
+)
 def test_another_architecture_is_refused(name, value):
     config = transformer_config(SHAPE, norm_epsilon=1e-5)
     setattr(config, name, value)

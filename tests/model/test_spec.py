@@ -1,6 +1,7 @@
 """Which activation a layer has, and what is refused before a layer is built."""
 
 import pytest
+import torch
 
 from megatron_mlr1 import cpu
 from megatron_mlr1.errors import ConfigError, MachineError
@@ -12,7 +13,13 @@ from megatron.core.transformer.attention import SelfAttention  # noqa: E402
 
 from megatron_mlr1.model.build import transformer_config  # noqa: E402
 from megatron_mlr1.model.self_attention import FusedSelfAttention  # noqa: E402
-from megatron_mlr1.model.spec import block_spec, refuse_missing  # noqa: E402
+from megatron_mlr1.model.spec import (  # noqa: E402
+    SwiGLU,
+    block_spec,
+    engine_swiglu,
+    refuse_missing,
+)
+from megatron_mlr1.ops.swiglu import swiglu  # noqa: E402
 
 SHAPE = ModelShape(
     num_layers=2,
@@ -41,6 +48,37 @@ def test_ligers_activation_needs_liger_and_a_gpu():
 @pytest.mark.parametrize("layers", ["local", "transformer_engine"])
 def test_our_own_activation_is_never_refused(kernel, layers):
     refuse_missing(kernel, layers)
+
+
+def value_and_gradient(function, x, grad):
+    out = function(x)
+    return out.detach(), *torch.autograd.grad(out, x, grad)
+
+
+@pytest.mark.parametrize("shape", [(6, 2, 32), (7, 1, 10), (13, 6)], ids=str)
+def test_the_engines_activation_is_the_definition(shape):
+    torch.manual_seed(0)
+    x = torch.randn(shape, requires_grad=True)
+    grad = torch.randn(*shape[:-1], shape[-1] // 2)
+    ours = value_and_gradient(engine_swiglu, x, grad)
+    expected = value_and_gradient(lambda x: swiglu(x, kernel="reference"), x, grad)
+    for got, want in zip(ours, expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_reference_keeps_its_input_alone():
+    layer = SwiGLU(config=transformer_config(SHAPE, norm_epsilon=1e-5), kernel="reference")
+    x = torch.randn(64, 4, 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn(64, 4, 2048, device="cuda", dtype=torch.bfloat16)
+    ours = value_and_gradient(layer, x, grad)
+    expected = value_and_gradient(lambda x: swiglu(x, kernel="reference"), x, grad)
+    for got, want in zip(ours, expected, strict=True):
+        # The engine rounds silu, and each factor of the gradient, to bf16 where it writes it.
+        torch.testing.assert_close(got, want, rtol=2**-6, atol=2**-6)
+    before = torch.cuda.memory_allocated()
+    out = layer(x)
+    assert torch.cuda.memory_allocated() - before == out.numel() * 2
 
 
 @pytest.mark.te
