@@ -12,7 +12,7 @@ from megatron_mlr1.teacher import planner, status
 from megatron_mlr1.teacher.fp8_gate import MAX_KL, MIN_AGREEMENT, Gate
 from megatron_mlr1.teacher.keys import read_student_keys
 from megatron_mlr1.teacher.pool import RESCAN_S, open_pool
-from megatron_mlr1.teacher.serving import ServePlan, parse_devices
+from megatron_mlr1.teacher.serving import ServePlan, parse_devices, pool_folder
 from megatron_mlr1.teacher.spec import FORMS, STATE_DTYPES, TargetSpec
 from megatron_mlr1.teacher.supervisor import Supervisor
 
@@ -125,14 +125,14 @@ def _serve(args: argparse.Namespace) -> None:
         model=args.model,
         devices=parse_devices(args.devices),
         bind=args.bind,
-        pool=None if args.pool is None else Path(args.pool),
+        pool=pool_folder(args.pool),
         keys=args.keys,
         dtype=args.dtype,
         fp8=gate if args.precision == "fp8" else None,
         data_bind=args.open_data_bind,
         advertise=args.advertise,
         max_queue_tokens=args.max_queue_tokens,
-        held_bytes=int(args.held_gb * 2**30),
+        held_gb=args.held_gb,
         drain_s=args.drain_s,
         insecure_loopback=args.insecure_loopback,
         bind_any=args.bind_any,
@@ -151,7 +151,7 @@ def _status(args: argparse.Namespace) -> None:
     keys = None if args.keys is None else read_student_keys(args.keys, args.student)
     pool = open_pool(args.pool)
     while True:
-        text = status.table(status.ask_all(pool.leases(), keys))
+        text = status.show(pool, keys)
         if args.once:
             print(text)
             return

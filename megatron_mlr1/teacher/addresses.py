@@ -13,6 +13,7 @@ from megatron_mlr1.teacher.connection import Wanted, difference
 from megatron_mlr1.teacher.in_process import InProcessTeacher, NullTeacher
 from megatron_mlr1.teacher.keys import read_pair, read_public
 from megatron_mlr1.teacher.memory import keep_large_blocks
+from megatron_mlr1.teacher.open_files import allow_many
 from megatron_mlr1.teacher.pool import open_pool
 from megatron_mlr1.teacher.replicas import Access, StudentKeys
 from megatron_mlr1.teacher.spec import TargetSpec, TeacherIdentity
@@ -85,6 +86,7 @@ def _served(where: str, options: TeacherOptions) -> ServedTeacher:
         pool=open_pool(where), keys=keys, wanted=options.wanted, student=options.student
     )
     keep_large_blocks()
+    allow_many()
     return ServedTeacher(access, options.client)
 
 

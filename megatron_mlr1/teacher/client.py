@@ -81,7 +81,7 @@ class ServedTeacher:
             random,
             _pinned if options.pinned else _as_received,
         )
-        self._heads = HeadDesk(self._replicas, numbers)
+        self._heads = HeadDesk(self._replicas, numbers, self._dispatcher.eject)
         self._inbox: deque[Callable[[float], None]] = deque()
         self._wake_here, self._wake_there = socket.socketpair()
         self._wake_here.setblocking(False)
@@ -91,6 +91,7 @@ class ServedTeacher:
         self._publish_at = 0.0
         self._known = threading.Event()
         self._closing = False
+        self._fault: TeacherError | None = None
         self._thread = threading.Thread(target=self._run, name="teacher-client", daemon=True)
         self._thread.start()
         try:
@@ -152,11 +153,11 @@ class ServedTeacher:
         self._let_go(self._table.drop(ticket))
 
     def head(self, begin: int, end: int) -> NDArray[Any]:
-        """Give rows [begin, end) of the teacher's head; every message of them is checksummed.
+        """Give rows [begin, end) of the teacher's head; two replicas agree, if there are two.
 
         Raises:
             TeacherUnavailable: no replica gave them in time.
-            TeacherError: they are outside of the head.
+            TeacherError: they are outside of the head, or the replicas contradict each other.
         """
         refuse_rows(begin, end, self._identity)
         job = HeadJob(begin, end)
@@ -166,6 +167,8 @@ class ServedTeacher:
                 f"rows [{begin}, {end}) of the teacher's head did not come in {HEAD_TIMEOUT_S:.0f} "
                 f"s. {self._who_is_there()} Start replicas."
             )
+        if job.error is not None:
+            raise job.error
         assert job.rows is not None, "a job that is done has its rows"
         return job.rows
 
@@ -211,18 +214,26 @@ class ServedTeacher:
 
     def _await_teacher(self) -> TeacherIdentity:
         self._known.wait(self._options.start_timeout_s)
+        if self._fault is not None:
+            raise self._fault
         identity = self._replicas.identity
         if identity is not None:
             return identity
-        kind = TeacherError if self._replicas.all_refused else TeacherUnavailable
-        raise kind(
+        if self._replicas.all_refused:
+            raise TeacherError(
+                f"no teacher answers this student. {self._who_is_there()} Give this run the "
+                "address, the keys and the tokenizer of its teacher's pool."
+            )
+        raise TeacherUnavailable(
             f"no teacher answers. {self._who_is_there()} Start replicas with "
             "tools/serve_teacher.py, and give this run the pool's address and keys."
         )
 
     def _who_is_there(self) -> str:
-        reasons = [f"{where}: {why}." for where, why in sorted(self._replicas.reasons.items())]
-        return " ".join(reasons) or "The pool has no members."
+        reasons = [
+            f"{where}: {why.rstrip('.')}." for where, why in sorted(self._replicas.reasons.items())
+        ]
+        return " ".join(reasons) or f"The pool has no members. {self._replicas.remarks()}"
 
     # The client's thread.
 
@@ -232,7 +243,8 @@ class ServedTeacher:
                 self._turn()
         except Exception as error:  # the last line: without this thread nobody would answer
             _log.exception("the teacher's client has failed")
-            self._table.fail(TeacherError(f"the teacher's client has failed: {error!r}"))
+            self._fault = TeacherError(f"the teacher's client has failed: {error!r}")
+            self._table.fail(self._fault)
         finally:
             self._replicas.close()
             self._known.set()

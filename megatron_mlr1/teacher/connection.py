@@ -15,6 +15,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from megatron_mlr1.teacher import payloads, wire
 from megatron_mlr1.teacher.keys import KeyPair
+from megatron_mlr1.teacher.pool import needs_ipv6
 from megatron_mlr1.teacher.spec import TeacherIdentity
 from megatron_mlr1.teacher.wire import Buffer, Kind, Limits, Message, WireError
 
@@ -24,16 +25,18 @@ SILENT_S: Final = 2.0
 RECEIVE_BATCH: Final = 16
 """Messages read from one replica before the next one has its turn."""
 
-_DEATHS: Final = {
+DEATHS: Final = {
     zmq.EVENT_DISCONNECTED: "the connection broke",
     zmq.EVENT_CLOSED: "nobody listens there",
     zmq.EVENT_CONNECT_RETRIED: "nobody listens there",
-    zmq.EVENT_HANDSHAKE_FAILED_AUTH: "it does not know this student's key; a public key of this "
-    "student must lie in its folder of students",
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH: "it does not know this student's key; its public key must lie "
+    "in the replica's folder of students when the replica starts",
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "the handshake broke off: the pool's public key here is "
     "not its own, or one side has no keys",
-    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "it does not speak as ZeroMQ with the pool's keys does",
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "it does not speak as a replica with the pool's keys "
+    "does: one side has no keys, or it is no replica",
 }
+"""Events of a connection that is of no use any more, and what they mean."""
 
 _REFUSALS: Final = frozenset(
     {zmq.EVENT_HANDSHAKE_FAILED_AUTH, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL}
@@ -109,7 +112,7 @@ class Connection:
         self.max_head_rows = 0
         self._context, self._wanted, self._limits = context, wanted, Limits()
         self._session_key: bytes | None = None
-        self._control = self._open()
+        self._control = self._open(address.endpoint)
         if address.public_key is not None and keys is not None:
             self._control.curve_publickey = keys.public
             self._control.curve_secretkey = keys.secret
@@ -192,7 +195,8 @@ class Connection:
         since = self._unanswered_since
         is_silent = since is not None and now - since > SILENT_S - PING_S
         if is_silent and self._is_doubted:
-            self.die(f"no sign of it for {SILENT_S:.0f} s")
+            where = "; is the name right, and no firewall between?"
+            self.die(f"no sign of it for {SILENT_S:.0f} s{'' if self.identity else where}")
             return
         self._is_doubted = is_silent
         if now >= self._ping_at and self.phase is not Phase.GREETING:
@@ -213,12 +217,12 @@ class Connection:
     def _own_sockets(self) -> list[zmq.Socket[bytes]]:
         return [socket for socket in (self._control, self._data) if socket is not None]
 
-    def _open(self) -> zmq.Socket[bytes]:
+    def _open(self, endpoint: str) -> zmq.Socket[bytes]:
         socket = self._context.socket(zmq.DEALER)
         socket.linger = 0
         # The breaker decides when to come back, with a new connection.
         socket.reconnect_ivl = -1
-        socket.ipv6 = True
+        socket.ipv6 = needs_ipv6(endpoint)
         socket.maxmsgsize = self._limits.max_payload_bytes
         # What a replica may send is bounded by the credit, in bytes.
         socket.rcvhwm = socket.sndhwm = 0
@@ -261,9 +265,9 @@ class Connection:
         for monitor in self._monitors:
             while not self.is_dead and monitor.poll(0):
                 event = zmq.Event(recv_monitor_message(monitor)["event"])
-                if event in _DEATHS:
+                if event in DEATHS:
                     self.is_refused = event in _REFUSALS
-                    self.die(_DEATHS[event])
+                    self.die(DEATHS[event])
 
     def _decode(self, parts: list[memoryview], from_data_port: bool) -> Message | None:
         session_key = self._session_key if from_data_port else None
@@ -324,13 +328,15 @@ class Connection:
 
     def _attach(self, endpoint: str, session: bytes, session_key: bytes) -> None:
         self.phase, self._session_key = Phase.ATTACHING, session_key
-        self._data = self._open()
-        self._monitors.append(self._data.get_monitor_socket())
         try:
-            self._data.connect(endpoint)
+            data = self._open(endpoint)
+            monitor = data.get_monitor_socket()
+            data.connect(endpoint)
         except zmq.ZMQError as error:
-            self.die(f"its data port {endpoint!r} is none ({error})")
+            self.die(f"its data port {endpoint!r} is of no use ({error})")
             return
+        self._data = data
+        self._monitors.append(monitor)
         attach = Message(kind=Kind.ATTACH, frames=(session,))
         self._data.send_multipart(wire.encode(attach, session_key), zmq.NOBLOCK)
 
@@ -352,4 +358,4 @@ def _error_text(message: Message) -> str:
         code, text = wire.read_error(message)
     except WireError as error:
         return str(error)
-    return f"{text} ({code.name})"
+    return f"{code.name}, {text}"

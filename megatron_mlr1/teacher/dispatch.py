@@ -247,7 +247,7 @@ class Dispatcher:
             targets.check(identity, work.request.rows)
         except TeacherError as error:
             self._give_back(work.num_bytes)
-            self._eject(replica.name, f"a wrong answer: {error}")
+            self.eject(replica.name, f"a wrong answer: {error}")
             self.add(work)
             return
         self._replicas.answered(replica)
@@ -270,14 +270,14 @@ class Dispatcher:
             self._give_back(work.num_bytes)
             del answers[odd]
             self.counts["audit_mismatches"] += 1
-            self._eject(odd, "an audit: two others agree on other targets than it gave")
+            self.eject(odd, "an audit: two others agree on other targets than it gave")
         self._give_back(work.num_bytes * (len(answers) - 1))
         name, targets = next(iter(answers.items()))
         work.answers = {name: targets}
         self._abandon(work)
         self._table.finish(work, targets, None)
 
-    def _eject(self, name: str, reason: str) -> None:
+    def eject(self, name: str, reason: str) -> None:
         """Ask a replica no more, and ask others for what it gave and nobody has fetched yet."""
         self._replicas.eject(name, reason)
         for work in self._table.works():

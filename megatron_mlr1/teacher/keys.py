@@ -5,14 +5,17 @@ A folder of keys holds `pool.key` and `pool.key_secret`, one pair for all replic
 secret and the students' public keys; a student needs its own secret and the pool's public key.
 """
 
+import errno
 import os
 import stat
+import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 import zmq
 import zmq.auth
+from zmq.utils import z85
 
 from megatron_mlr1.errors import MachineError, TeacherError
 
@@ -49,7 +52,7 @@ def make_pair(folder: Path, name: str) -> Path:
     lines = f'curve\n    public-key = "{public.decode()}"\n'
     secret_line = f'    secret-key = "{secret.decode()}"\n'
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make_folder(folder)
         if public_path.exists():
             raise FileExistsError
         # The secret first: the public key of a pair without a secret would be of no use.
@@ -62,9 +65,16 @@ def make_pair(folder: Path, name: str) -> Path:
         ) from error
     except OSError as error:
         raise MachineError(
-            f"{folder}: {error.strerror}. Keys need a folder that can be written."
+            f"{folder}: {error.strerror}. Keys need a folder that can be written; name another."
         ) from error
     return secret_path
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except FileExistsError as error:  # a file: not what this error means for a key
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from error
 
 
 def _write_new(path: Path, text: str, mode: int) -> None:
@@ -87,6 +97,11 @@ def read_pair(path: Path) -> KeyPair:
             f"{path} holds no secret key. Name the file that ends in .key_secret; "
             "tools/teacher_keys.py makes one."
         )
+    if zmq.curve_public(secret) != public:
+        raise TeacherError(
+            f"{path} holds a public and a secret key that are no pair. Copy it again, or make a "
+            "new pair with tools/teacher_keys.py."
+        )
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o077:
         raise TeacherError(
@@ -108,13 +123,25 @@ def read_public(path: Path) -> bytes:
 def _read(path: Path) -> tuple[bytes, bytes | None]:
     try:
         public, secret = zmq.auth.load_certificate(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, IndexError) as error:
+        reason = error if path.exists() else "there is no such file"
         raise TeacherError(
-            f"{path} cannot be read as a key ({error}); tools/teacher_keys.py makes keys."
+            f"{path} cannot be read as a key ({reason}); tools/teacher_keys.py makes keys, and "
+            "docs/distillation.md says who needs which."
         ) from error
-    if any(key is not None and len(key) != 40 for key in (public, secret)):
-        raise TeacherError(f"{path} holds a key that has not 40 characters. Copy it again.")
+    if not _is_key(public) or not (secret is None or _is_key(secret)):
+        raise TeacherError(
+            f"{path} holds a key that is not 40 characters of Z85, ZeroMQ's text of 32 bytes. Copy "
+            "it again."
+        )
     return public, secret
+
+
+def _is_key(text: bytes) -> bool:
+    try:
+        return len(text) == 40 and len(z85.decode(text)) == 32
+    except (KeyError, struct.error):  # a character, or five of them, that stand for nothing
+        return False
 
 
 @dataclass(frozen=True, slots=True)

@@ -213,7 +213,7 @@ def load_teacher(folder: Path, device: torch.device, dtype: str) -> TeacherModel
 
 
 def _require_plain_head(model: Any, teacher: TeacherModel) -> None:
-    """Refuse a model whose logits are not the product of its head and causal states.
+    """Refuse a model whose logits are no numbers, or not the product of head and causal states.
 
     A bias, a scale or a soft cap would be lost on the way to the student, unseen.
     """
@@ -225,6 +225,12 @@ def _require_plain_head(model: Any, teacher: TeacherModel) -> None:
             for tokens in (ids, ids[:, :-1])
         )
         logits = model(input_ids=ids, use_cache=False).logits.float()
+    if not bool(torch.isfinite(logits).all()):
+        raise TeacherError(
+            f"the weights of {teacher.identity.name} give NaN or Inf on a short text; a teacher's "
+            "numbers must be finite. Check the weights (the model's page has their hashes), or "
+            "serve with --dtype float32."
+        )
     is_plain = head.shape == (teacher.identity.vocab_size, hidden.shape[-1])
     # bf16 keeps 8 bits.
     room = 2.0**-6 if head.dtype == torch.bfloat16 else 1e-4

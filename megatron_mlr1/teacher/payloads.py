@@ -235,5 +235,7 @@ def read_identity(fields: Mapping[str, Any]) -> TeacherIdentity:
     except (ValueError, KeyError):
         is_sound = False
     if not is_sound or min(identity.vocab_size, identity.hidden_size) < 1:
-        raise WireError("HELLO_ACK names no teacher: a field is outside of its range.")
+        raise WireError(
+            "these fields name no teacher: fingerprint, type or a size is outside of its range."
+        )
     return identity

@@ -12,7 +12,8 @@ an efficiency. The efficiencies are estimates; measure yours and give them.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Final
 
@@ -89,12 +90,14 @@ class Question:
     def __post_init__(self) -> None:
         if self.student_gpus < 1 or (self.replicas is not None and self.replicas < 1):
             raise ConfigError(
-                f"{self.student_gpus} student GPUs and {self.replicas} replicas; there must be at "
-                "least 1 of each. Correct --student-gpus or --replicas."
+                f"--student-gpus is {self.student_gpus} and --replicas is {self.replicas}; there "
+                "must be at least 1 of each, or --replicas left out to plan for no wait."
             )
         for rate in (self.student_tokens_per_s, self.teacher_tokens_per_s):
-            if rate is not None and not rate > 0:
-                raise ConfigError(f"{rate} tokens/s were given; a rate is above 0. Correct it.")
+            if rate is not None and not (isfinite(rate) and rate > 0):
+                raise ConfigError(
+                    f"{rate} tokens/s were given; a rate is above 0 and finite. Correct it."
+                )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,7 +169,7 @@ def shape_of_folder(folder: Path) -> Shape:
     try:
         config = json.loads(path.read_text("utf-8"))
         heads = config["num_attention_heads"]
-        return Shape(
+        shape = Shape(
             num_layers=config["num_hidden_layers"],
             hidden_size=config["hidden_size"],
             ffn_hidden_size=config["intermediate_size"],
@@ -175,6 +178,9 @@ def shape_of_folder(folder: Path) -> Shape:
             head_width=config.get("head_dim") or config["hidden_size"] // heads,
             vocab_size=config["vocab_size"],
         )
+        if not all(type(size) is int and size > 0 for size in astuple(shape)):
+            raise ValueError(f"sizes are whole numbers above 0, and they are {shape}")
+        return shape
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         raise TeacherError(
             f"{path} has no sizes of a dense decoder ({error!r}); name a Hugging Face folder by "

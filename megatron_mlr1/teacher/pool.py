@@ -6,11 +6,15 @@ the replicas. Clocks of the machines may differ by less than `LEASE_S`.
 """
 
 import json
+import logging
 import os
 import re
+import socket
+import tempfile
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -24,7 +28,11 @@ SWEEP_AFTER_S: Final = 60.0
 """A lease that ran out so long ago belongs to nobody."""
 MAX_LEASE_BYTES: Final = 4096
 _SUFFIX: Final = ".lease"
-_ADDRESS: Final = re.compile(r"tcp://(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):(\d{1,5})|ipc://.+")
+_PARTIAL: Final = ".partial"
+HOST: Final = re.compile(r"\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+")
+"""A name, an IPv4 address, or an IPv6 address in brackets."""
+_ADDRESS: Final = re.compile(rf"tcp://({HOST.pattern}):(\d{{1,5}})|ipc://.+")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +58,9 @@ class Pool(Protocol):
     def leases(self) -> list[Lease]:
         """Give the replicas that are there now, by name."""
 
+    def remarks(self) -> str:
+        """Say to a person why `leases` may give fewer than are expected; "" for no reason."""
+
 
 @dataclass(frozen=True, slots=True)
 class AddressPool:
@@ -60,6 +71,10 @@ class AddressPool:
     def leases(self) -> list[Lease]:
         """Give one lease for each address."""
         return [Lease(name=address, endpoint=address) for address in self.addresses]
+
+    def remarks(self) -> str:
+        """Give "": a list has no leases that could run out."""
+        return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +93,28 @@ class FolderPool:
         found = (_read(path) for path in _lease_files(self.folder))
         return [lease for lease in found if lease is not None and lease.expires > now]
 
+    def remarks(self) -> str:
+        """Say that there is no lease, how many have run out, and how many files are none.
+
+        Raises:
+            MachineError: the folder cannot be read.
+        """
+        now = time.time()
+        found = [_read(path) for path in _lease_files(self.folder)]
+        ages_s = [now - lease.expires for lease in found if lease and lease.expires <= now]
+        says = [] if found else [f"{self.folder} holds no lease: no replica has come, or all left."]
+        if ages_s:
+            says.append(
+                f"Leases in {self.folder} that have run out: {len(ages_s)}, the newest "
+                f"{min(ages_s):.0f} s ago by the clock of this machine; their replicas are gone, "
+                f"or clocks differ by more than {LEASE_S:.0f} s."
+            )
+        if None in found:
+            says.append(
+                f"Files in {self.folder} that are no lease of this version: {found.count(None)}."
+            )
+        return " ".join(says)
+
 
 def open_pool(where: str) -> Pool:
     """Open a pool by its folder, or by `tcp://HOST:PORT[,HOST:PORT...]`.
@@ -87,10 +124,10 @@ def open_pool(where: str) -> Pool:
     """
     if "://" not in where:
         folder = Path(where)
-        if not folder.is_dir():
+        if not where or not folder.is_dir():
             raise TeacherError(
-                f"{where} is no folder; a pool is the folder that tools/serve_teacher.py was given "
-                "by --pool, or tcp://HOST:PORT,HOST:PORT. Make it, or name the right one."
+                f"{where!r} is no folder; a pool is the folder that tools/serve_teacher.py was "
+                "given by --pool, or tcp://HOST:PORT,HOST:PORT. Make it, or name the right one."
             )
         return FolderPool(folder)
     scheme = where.split("://", 1)[0]
@@ -104,6 +141,24 @@ def open_pool(where: str) -> Pool:
                 f"{address} is no address of a replica; write tcp://HOST:PORT[,HOST:PORT...]."
             )
     return AddressPool(tuple(addresses))
+
+
+@cache
+def needs_ipv6(endpoint: str) -> bool:
+    """Say whether a socket must be set to IPv6 to reach an endpoint.
+
+    ZeroMQ tries one kind of address alone, so a name that has both, as `localhost` often does, is
+    reached by IPv4. A name is looked up once in a process: a name server that has gone must not
+    stop a client whose connections live.
+    """
+    match = _ADDRESS.fullmatch(endpoint)
+    if match is None or match[1] is None:
+        return False
+    try:
+        found = socket.getaddrinfo(match[1].strip("[]"), None, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    return socket.AF_INET not in {family for family, *_ in found}
 
 
 def refuse_other_teacher(folder: Path, fingerprint: str) -> None:
@@ -124,6 +179,20 @@ def refuse_other_teacher(folder: Path, fingerprint: str) -> None:
             )
 
 
+def make_pool(folder: Path) -> None:
+    """Make a pool's folder where it is missing, and see whether it can be written.
+
+    Raises:
+        MachineError: it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=_PARTIAL) as file:
+            file.write(b"?")
+    except OSError as error:
+        raise _cannot(folder, error) from error
+
+
 class LeaseKeeper:
     """Keeps one replica's lease fresh; called from time to time by the replica's own loop."""
 
@@ -141,6 +210,7 @@ class LeaseKeeper:
         self._folder, self._lease, self._life_s = folder, lease, life_s
         self._path = folder / f"{lease.name}{_SUFFIX}"
         self._renew_at = 0.0
+        self._was_kept = self._is_late = False
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -149,20 +219,41 @@ class LeaseKeeper:
     def keep(self) -> None:
         """Renew the lease where a third of its life is over, and sweep dead ones.
 
+        Once it was kept, a folder that cannot be written is only told to the log, and tried again:
+        shared storage has its bad minutes, and students that are connected need no lease.
+
         Raises:
-            MachineError: the folder cannot be written.
+            MachineError: the folder cannot be written, at the first time.
         """
         if time.monotonic() < self._renew_at:
             return
         self._renew_at = time.monotonic() + self._life_s / 3
+        try:
+            self._write()
+        except OSError as error:
+            mistake = _cannot(self._folder, error)
+            if not self._was_kept:
+                raise mistake from error
+            if not self._is_late:
+                _log.warning("a lease is not renewed, so no new student comes. %s", mistake)
+            self._is_late = True
+            return
+        if self._is_late:
+            _log.warning("the lease in %s is renewed again.", self._folder)
+        self._was_kept, self._is_late = True, False
+        with suppress(MachineError):
+            self._sweep()
+
+    def _write(self) -> None:
         fields = asdict(self._lease) | {"expires": time.time() + self._life_s}
-        partial = self._path.with_suffix(".partial")
+        partial = self._path.with_suffix(_PARTIAL)
         try:
             partial.write_text(json.dumps(fields), "utf-8")
             partial.replace(self._path)
-        except OSError as error:
-            raise _cannot(self._folder, error) from error
-        self._sweep()
+        except OSError:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
 
     def give_up(self) -> None:
         """Remove the lease: no student comes any more."""

@@ -3,7 +3,7 @@
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
@@ -66,9 +66,8 @@ class Ports:
             self._data = None if data_bind is None else self._bind(data_bind, None, HEADER.size)
         except (zmq.ZMQError, OSError) as error:
             self.close()
-            raise MachineError(
-                f"{bind}{'' if data_bind is None else ' or ' + data_bind} cannot be bound "
-                f"({error}). Name an interface or address of this machine and a free port."
+            raise _cannot_bind(
+                bind if data_bind is None else f"{bind} or {data_bind}", error
             ) from error
         self._poller = zmq.Poller()
         for readable in (self._woken, self._main, self._data):
@@ -153,6 +152,34 @@ class Ports:
         self._context.destroy()
         self._woken.close()
         self._waker.close()
+
+
+def refuse_taken(addresses: Sequence[str]) -> None:
+    """See whether addresses can be bound, before a teacher is loaded that would serve there.
+
+    Those of ipc are left out: to bind one takes it away from whoever has it.
+
+    Raises:
+        MachineError: another program has the port, or this machine has no such interface.
+    """
+    context = zmq.Context()
+    try:
+        for address in addresses:
+            if address.startswith("tcp://"):
+                router = context.socket(zmq.ROUTER)
+                router.set(zmq.IPV6, 1 if "[" in address else 0)
+                router.bind(address)
+    except zmq.ZMQError as error:
+        raise _cannot_bind(address, error) from error
+    finally:
+        context.destroy(0)
+
+
+def _cannot_bind(what: str, error: Exception) -> MachineError:
+    return MachineError(
+        f"{what} cannot be bound ({error}). Name an interface or address of this machine and a "
+        "free port; another pool, or a replica that still drains, may have this one."
+    )
 
 
 def _address(router: zmq.Socket[bytes], host: str | None) -> str:

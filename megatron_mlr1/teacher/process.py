@@ -5,6 +5,7 @@ drains on SIGTERM and SIGINT, and when its standard input ends.
 """
 
 import json
+import os
 import signal
 import sys
 import threading
@@ -18,6 +19,7 @@ from megatron_mlr1.errors import MachineError, Mlr1Error
 from megatron_mlr1.teacher.keys import read_pool_keys
 from megatron_mlr1.teacher.memory import keep_large_blocks
 from megatron_mlr1.teacher.model import TeacherModel, load_teacher
+from megatron_mlr1.teacher.open_files import allow_many
 from megatron_mlr1.teacher.pool import refuse_other_teacher
 from megatron_mlr1.teacher.replica import Replica, ReplicaOptions
 from megatron_mlr1.teacher.serving import read_gate
@@ -28,13 +30,14 @@ def main(words: list[str]) -> int:
     place = json.loads(words[0])
     transformers.utils.logging.disable_progress_bar()
     keep_large_blocks()
+    allow_many()
     try:
         teacher, note = _load(place)
         replica = _open(place, teacher)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: replica.drain())
         threading.Thread(target=_drain_at_end_of_input, args=(replica,), daemon=True).start()
-        print(f"replica {place['name']} serves at {replica.endpoint}{note}", flush=True)
+        _say(f"replica {place['name']} serves at {replica.endpoint}{note}")
         replica.run()
     except Mlr1Error as error:
         print(error, file=sys.stderr)
@@ -77,8 +80,17 @@ def _open(place: dict[str, Any], teacher: TeacherModel) -> Replica:
     return Replica(teacher, options)
 
 
+def _say(line: str) -> None:
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        # The supervisor died while the teacher was loading; the input has ended too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _drain_at_end_of_input(replica: Replica) -> None:
-    while sys.stdin.buffer.read(1):
+    # Not `sys.stdin`: its lock, held by a thread that waits, would abort the interpreter's end.
+    while os.read(sys.stdin.fileno(), 1):
         pass
     replica.drain()
 

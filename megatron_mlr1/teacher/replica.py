@@ -75,11 +75,11 @@ class Replica:
         self._results: deque[tuple[Job, Targets | RequestError, float]] = deque()
         self._failures = 0
         self._fault: BaseException | None = None
-        self._drain_asked = threading.Event()
+        self._drain_asked = False
 
     def drain(self) -> None:
         """Finish what is accepted, refuse the rest, then let `run` return. From any thread."""
-        self._drain_asked.set()
+        self._drain_asked = True
         self._ports.wake()
 
     def run(self) -> None:
@@ -94,7 +94,7 @@ class Replica:
         try:
             if self._options.pool is not None:
                 lease = LeaseKeeper(self._options.pool, self._lease())
-            while self._fault is None and not self._drain_asked.is_set():
+            while self._fault is None and not self._drain_asked:
                 if lease is not None:
                     lease.keep()
                 self._tick()

@@ -109,6 +109,13 @@ class Replicas:
         """Whether the pool has members and none of them fits."""
         return bool(self._known) and self._known.keys() <= self.refused
 
+    def remarks(self) -> str:
+        """Say to a person why the pool may have fewer members than are expected."""
+        try:
+            return self._access.pool.remarks()
+        except MachineError as error:
+            return str(error)
+
     def serving(self) -> list[Replica]:
         """List the replicas that take requests."""
         return [one for one in self.living.values() if one.connection.phase is Phase.SERVING]
@@ -150,7 +157,12 @@ class Replicas:
                 vocab_size=identity.vocab_size,
             )
         keys = None if access.keys is None else access.keys.pair
-        connection = Connection(self._context, address, keys, wanted, access.student, now)
+        try:
+            connection = Connection(self._context, address, keys, wanted, access.student, now)
+        except zmq.ZMQError as error:
+            self.reasons[address.endpoint] = f"no socket for it ({error}; ulimit -n must be higher)"
+            self._breakers[address.endpoint].failed(now, self._random)
+            return
         self.living[address.replica] = Replica(connection)
 
     def sockets(self) -> Iterator[tuple[zmq.Socket[bytes], Replica]]:

@@ -4,12 +4,15 @@ import os
 import re
 import socket
 from dataclasses import dataclass
+from itertools import combinations
+from math import isfinite
 from pathlib import Path
 from typing import Any, Final
 
 from megatron_mlr1.errors import ConfigError
 from megatron_mlr1.teacher.fp8_gate import Gate
 from megatron_mlr1.teacher.keys import read_pool_keys
+from megatron_mlr1.teacher.pool import HOST
 
 _TCP: Final = re.compile(r"tcp://(\[[0-9A-Fa-f:]+\]|[^:\[\]]+):(\d+|\*)")
 _ANY: Final = frozenset({"*", "0.0.0.0", "[::]", "[0:0:0:0:0:0:0:0]"})
@@ -60,6 +63,21 @@ def is_local(address: str) -> bool:
     return host_of(address) in (_LOOPBACK | {None})
 
 
+def pool_folder(words: str | None) -> Path | None:
+    """Read the pool that replicas join.
+
+    Raises:
+        ConfigError: it is an address, or nothing.
+    """
+    if words is not None and (not words or "://" in words):
+        raise ConfigError(
+            f"--pool is {words!r}; replicas keep their leases in a folder that the students can "
+            "read. Name a folder, or leave --pool out and tell the students the addresses of "
+            "--bind, --teacher tcp://HOST:PORT,HOST:PORT."
+        )
+    return None if words is None else Path(words)
+
+
 def address_of(address: str, index: int) -> str:
     """Give the address of the replica of that index: the next port, or the next path."""
     match = _TCP.fullmatch(address)
@@ -91,12 +109,28 @@ class ServePlan:
     advertise: str | None = None
     """Host that students connect to, where it is not the one of `bind`."""
     max_queue_tokens: int = 262_144
-    held_bytes: int = 2 * 2**30
+    held_gb: float = 2.0
+    """Memory in 2^30 bytes for replies that wait, and as much again for kept results."""
     drain_s: float = 120.0
     insecure_loopback: bool = False
     bind_any: bool = False
 
     def __post_init__(self) -> None:
+        self._refuse_addresses()
+        self._refuse_strangers()
+        if self.fp8 is not None and self.dtype != "bfloat16":
+            raise ConfigError(
+                f"--precision fp8 with --dtype {self.dtype}: FP8 products give bfloat16 states. "
+                "Leave --dtype at bfloat16, or --precision out."
+            )
+        is_positive = self.max_queue_tokens > 0 and self.held_gb > 0 and self.drain_s > 0
+        if not (is_positive and isfinite(self.held_gb) and isfinite(self.drain_s)):
+            raise ConfigError(
+                f"--max-queue-tokens is {self.max_queue_tokens}, --held-gb {self.held_gb}, "
+                f"--drain-s {self.drain_s}; all must be positive and finite. Correct them."
+            )
+
+    def _refuse_addresses(self) -> None:
         for address in filter(None, (self.bind, self.data_bind)):
             if host_of(address) in _ANY and not (self.bind_any and self.advertise):
                 raise ConfigError(
@@ -104,6 +138,21 @@ class ServePlan:
                     "that the students reach, tcp://INTERFACE:PORT, or say --bind-any and the "
                     "host that they connect to, --advertise HOST."
                 )
+        if self.advertise is not None and not HOST.fullmatch(self.advertise):
+            raise ConfigError(
+                f"--advertise is {self.advertise!r}; it must be the host alone that students "
+                "connect to: a name, an IPv4 address, or an IPv6 address in brackets. The ports "
+                "are those of --bind. Correct it."
+            )
+        for one, other in combinations(addresses(self), 2):
+            if one == other and not one.endswith((":*", ":0")):
+                raise ConfigError(
+                    f"{one} would be the address of two ports: each of {len(self.devices)} "
+                    "replicas takes the next port behind --bind, and behind --open-data-bind. Set "
+                    "the two further apart."
+                )
+
+    def _refuse_strangers(self) -> None:
         if self.keys is None and self.data_bind is not None:
             raise ConfigError(
                 "--open-data-bind without --keys: the key that seals replies travels over the "
@@ -119,16 +168,22 @@ class ServePlan:
             if self.insecure_loopback:
                 raise ConfigError("--keys and --insecure-loopback contradict each other. Drop one.")
             read_pool_keys(self.keys)
-        if self.fp8 is not None and self.dtype != "bfloat16":
-            raise ConfigError(
-                f"--precision fp8 with --dtype {self.dtype}: FP8 products give bfloat16 states. "
-                "Leave --dtype at bfloat16, or --precision out."
-            )
-        if min(self.max_queue_tokens, self.held_bytes) < 1 or not self.drain_s > 0:
-            raise ConfigError(
-                f"a queue of {self.max_queue_tokens} tokens, {self.held_bytes} bytes of replies, "
-                f"{self.drain_s} s to drain: all must be positive. Correct them."
-            )
+
+
+def addresses(plan: ServePlan) -> list[str]:
+    """Give all addresses that the replicas of a plan bind.
+
+    Raises:
+        ConfigError: a port is too high.
+    """
+    found = [
+        address_of(first, index)
+        for first in filter(None, (plan.bind, plan.data_bind))
+        for index in range(len(plan.devices))
+    ]
+    for address in found:
+        host_of(address)
+    return found
 
 
 def place_of(plan: ServePlan, index: int, starts: int) -> dict[str, Any]:
@@ -152,7 +207,7 @@ def place_of(plan: ServePlan, index: int, starts: int) -> dict[str, Any]:
         "keys": None if plan.keys is None else str(plan.keys),
         "pool": None if plan.pool is None else str(plan.pool),
         "max_queue_tokens": plan.max_queue_tokens,
-        "held_bytes": plan.held_bytes,
+        "held_bytes": int(plan.held_gb * 2**30),
         "drain_s": plan.drain_s,
     }
 

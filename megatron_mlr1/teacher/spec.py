@@ -24,7 +24,8 @@ STATE_DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
 """How a teacher's states lie in memory; bfloat16, which numpy lacks, as its 16 bits."""
 
 _SPEC: Final = struct.Struct("<BBBxIIQd")
-_BF16_EXPONENT: Final = np.uint16(0x7F80)
+_BF16_INF: Final = 0x7F80
+_BF16_MINUS_INF: Final = 0xFF80
 _BLOCK: Final = 2**17
 """Numbers that are looked at together: their copies stay in the cache of a core."""
 
@@ -329,8 +330,13 @@ def _is_sound(name: str, array: NDArray[Any], vocab_size: int) -> bool:
         return True
     flat = array.reshape(-1)
     blocks = (flat[begin : begin + _BLOCK] for begin in range(0, flat.size, _BLOCK))
-    if array.dtype == np.dtype("<u2"):  # bfloat16: NaN and Inf have all bits of the exponent set
-        return all((block & _BF16_EXPONENT).max() != _BF16_EXPONENT for block in blocks)
+    if array.dtype == np.dtype("<u2"):
+        # bfloat16: as signed integers the positive ones are the largest, as unsigned the negative
+        # ones, and NaN and Inf, all bits of whose exponent are set, are the largest of their sign.
+        return all(
+            block.view("<i2").max() < _BF16_INF and block.max() < _BF16_MINUS_INF
+            for block in blocks
+        )
     # Sums of softmax terms in fp32 may leave their range by their rounding.
     high = 1.001 if name in ("weights", "tail") else np.finfo(np.float32).max
     low = -1e-3 if name in ("weights", "tail", "entropy", "scale") else -np.finfo(np.float32).max

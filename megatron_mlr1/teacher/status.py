@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
-from megatron_mlr1.errors import MachineError
 from megatron_mlr1.teacher import payloads
+from megatron_mlr1.teacher.connection import DEATHS
 from megatron_mlr1.teacher.keys import StudentKeys
-from megatron_mlr1.teacher.pool import Lease
+from megatron_mlr1.teacher.pool import Lease, Pool, needs_ipv6
 from megatron_mlr1.teacher.wire import Kind, Limits, Message, WireError, decode, encode, read_error
 
 ANSWER_S: Final = 3.0
@@ -26,66 +27,118 @@ class Report:
     problem: str = ""
 
 
+class _Asked:
+    """One replica that is being asked."""
+
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], lease: Lease, keys: StudentKeys | None
+    ) -> None:
+        """Connect and greet."""
+        self._lease = lease
+        self.report: Report | None = None
+        self._problem = "silent"
+        self.dealer = context.socket(zmq.DEALER)
+        self.dealer.linger = 0
+        self.dealer.maxmsgsize = Limits().max_payload_bytes
+        self.dealer.ipv6 = needs_ipv6(lease.endpoint)
+        if keys is not None:
+            self.dealer.curve_publickey = keys.pair.public
+            self.dealer.curve_secretkey = keys.pair.secret
+            self.dealer.curve_serverkey = keys.pool
+        self.monitor = self.dealer.get_monitor_socket()
+        try:
+            self.dealer.connect(lease.endpoint)
+        except zmq.ZMQError as error:
+            self.report = Report(lease, None, f"this is no address ({error})")
+            return
+        fields: payloads.Fields = {
+            "student": "status",
+            "fingerprint": "",
+            "tokenizer_sha256": "",
+            "vocab_size": 0,
+        }
+        hello = Message(kind=Kind.HELLO, frames=(payloads.text_frame(fields),))
+        self.dealer.send_multipart(encode(hello))
+
+    def look(self) -> None:
+        """Read what has come; `report` is there when that is all that can be learned."""
+        while self.report is None and self.monitor.poll(0):
+            event = zmq.Event(recv_monitor_message(self.monitor)["event"])
+            self._problem = DEATHS.get(event, self._problem)
+            # A handshake that fails may look like this first; ZeroMQ connects again.
+            if event in DEATHS and event is not zmq.Event.DISCONNECTED:
+                self.report = self.given_up()
+        while self.report is None and self.dealer.poll(0):
+            self.report = self._take()
+
+    def given_up(self) -> Report:
+        """Give the report of a replica that is not waited for any more."""
+        return self.report or Report(self._lease, None, self._problem)
+
+    def close(self) -> None:
+        """Let go of the sockets."""
+        self.dealer.disable_monitor()
+        self.monitor.close(0)
+        self.dealer.close(0)
+
+    def _take(self) -> Report | None:
+        try:
+            message = decode(self.dealer.recv_multipart(), Limits())
+            if message.kind is Kind.HELLO_ACK:
+                stats = Message(kind=Kind.STATS, teacher=message.teacher)
+                self.dealer.send_multipart(encode(stats))
+                return None
+            if message.kind is Kind.STATS:
+                fields = payloads.read_fields(message, payloads.STATS_FIELDS)
+                return Report(self._lease, fields)
+            if message.kind is Kind.GOAWAY:
+                return Report(self._lease, None, "draining")
+            if message.kind is Kind.ERROR:
+                return Report(self._lease, None, read_error(message)[1])
+        except WireError as error:
+            return Report(self._lease, None, str(error))
+        return None
+
+
 def ask_all(leases: list[Lease], keys: StudentKeys | None) -> list[Report]:
     """Ask every replica at once, and wait `ANSWER_S` at most.
 
     Args:
         leases: whom to ask.
         keys: a student's; None for a pool without keys.
-
-    Raises:
-        MachineError: an address is of no use to ZeroMQ.
     """
     context = zmq.Context()
-    poller = zmq.Poller()
-    asked: dict[zmq.Socket[bytes], Lease] = {}
-    reports: dict[str, Report] = {}
+    context.max_sockets = 16_384
+    asked: list[_Asked] = []
     try:
         for lease in leases:
-            dealer = context.socket(zmq.DEALER)
-            dealer.linger = 0
-            dealer.maxmsgsize = Limits().max_payload_bytes
-            if keys is not None:
-                dealer.curve_publickey = keys.pair.public
-                dealer.curve_secretkey = keys.pair.secret
-                dealer.curve_serverkey = keys.pool
-            dealer.connect(lease.endpoint)
-            fields = {"student": "status", "fingerprint": "", "tokenizer_sha256": ""}
-            hello = payloads.text_frame(fields | {"vocab_size": 0})
-            dealer.send_multipart(encode(Message(kind=Kind.HELLO, frames=(hello,))))
-            poller.register(dealer, zmq.POLLIN)
-            asked[dealer] = lease
+            asked.append(_Asked(context, lease, keys))
         until = time.monotonic() + ANSWER_S
-        while len(reports) < len(asked) and (left_s := until - time.monotonic()) > 0:
-            for dealer, _ in poller.poll(int(left_s * 1000)):
-                report = _take(dealer, asked[dealer])
-                if report is not None:
-                    reports[report.lease.name] = report
-    except zmq.ZMQError as error:
-        raise MachineError(
-            f"a replica's address cannot be used ({error}). Look at the leases in the pool."
-        ) from error
+        while waiting := [one for one in asked if one.report is None]:
+            left_s = until - time.monotonic()
+            if left_s <= 0:
+                break
+            poller = zmq.Poller()
+            for one in waiting:
+                poller.register(one.dealer, zmq.POLLIN)
+                poller.register(one.monitor, zmq.POLLIN)
+            poller.poll(int(left_s * 1000) + 1)
+            for one in waiting:
+                one.look()
+        return [one.given_up() for one in asked]
     finally:
+        for one in asked:
+            one.close()
         context.destroy(0)
-    return [reports.get(lease.name, Report(lease, None, "silent")) for lease in leases]
 
 
-def _take(dealer: zmq.Socket[bytes], lease: Lease) -> Report | None:
-    try:
-        message = decode(dealer.recv_multipart(), Limits())
-        if message.kind is Kind.HELLO_ACK:
-            stats = Message(kind=Kind.STATS, teacher=message.teacher)
-            dealer.send_multipart(encode(stats))
-            return None
-        if message.kind is Kind.STATS:
-            return Report(lease, payloads.read_fields(message, payloads.STATS_FIELDS))
-        if message.kind is Kind.GOAWAY:
-            return Report(lease, None, "draining")
-        if message.kind is Kind.ERROR:
-            return Report(lease, None, read_error(message)[1])
-    except WireError as error:
-        return Report(lease, None, str(error))
-    return None
+def show(pool: Pool, keys: StudentKeys | None) -> str:
+    """Ask a pool's replicas, and lay out what they say and who is missing.
+
+    Raises:
+        MachineError: the pool's folder cannot be read.
+    """
+    return "\n".join(filter(None, (table(ask_all(pool.leases(), keys)), pool.remarks())))
 
 
 _COLUMNS: Final = (

@@ -21,6 +21,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from megatron_mlr1.errors import DataError, TeacherError
+from megatron_mlr1.teacher import payloads
 from megatron_mlr1.teacher.backend import ImmediateTeacher, refuse_rows
 from megatron_mlr1.teacher.spec import (
     TargetRequest,
@@ -166,7 +167,7 @@ class TargetStore:
         return self._head_path.exists()
 
     def keep_head(self, head: Callable[[int, int], NDArray[Any]]) -> None:
-        """Store the teacher's head, unless it is there or another process is about it.
+        """Store the teacher's head, unless it is there; of several writers the last one counts.
 
         Args:
             head: gives rows [begin, end).
@@ -175,17 +176,14 @@ class TargetStore:
             MachineError: the disk is full or failed.
         """
         path = self._head_path
-        partial = path.with_name(f"{path.name}{PARTIAL}")
+        # A name of its own: what a killed writer left must not keep the next one from writing.
+        partial = path.with_name(f"{HEAD}.{uuid.uuid4().hex}{PARTIAL}")
         if self.has_head:
             return
         sweep(self.folder)
         with names_the_store(self.folder):
             try:
-                file = partial.open("xb")
-            except FileExistsError:
-                return
-            try:
-                with file:
+                with partial.open("xb") as file:
                     self._write_head(file, head)
                 partial.replace(path)
                 flush_folder(self.folder)
@@ -273,11 +271,14 @@ def refuse_form(store: TargetStore, spec: TargetSpec) -> None:
     Raises:
         TeacherError: the forms differ.
     """
-    if spec != store.spec:
-        raise TeacherError(
-            f"{store.folder} holds {store.spec}; the run asks for {spec}. A store has one form: "
-            "ask for that, or name another folder."
-        )
+    if spec == store.spec:
+        return
+    has, wants = asdict(store.spec), asdict(spec)
+    others = [f"{name} {has[name]}, not {wants[name]}" for name in has if has[name] != wants[name]]
+    raise TeacherError(
+        f"{store.folder} holds other targets than the run asks for: {'; '.join(others)}. A store "
+        "has one form: ask for that, or name another folder."
+    )
 
 
 def open_store(folder: Path) -> TargetStore:
@@ -291,14 +292,29 @@ def open_store(folder: Path) -> TargetStore:
         fields = json.loads(path.read_text("utf-8"))
         if fields["version"] != VERSION:
             raise ValueError(f"version {fields['version']} where only {VERSION} is known")
-        identity = TeacherIdentity(**fields["identity"])
+        identity = _read_identity(fields["identity"])
         spec = TargetSpec(**fields["spec"])
-    except (OSError, ValueError, KeyError, TypeError, TeacherError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, TeacherError) as error:
         raise DataError(
             f"{path} does not describe a store of targets: {error}. Name the folder of a store; "
             "`tiered:` with a pool makes one."
         ) from error
     return TargetStore(folder, identity, spec)
+
+
+def _read_identity(fields: dict[str, Any]) -> TeacherIdentity:
+    """Read what `asdict` made of an identity.
+
+    Raises:
+        ValueError, TeacherError: it is none.
+    """
+    names = TeacherIdentity.__dataclass_fields__.keys()
+    if fields.keys() != names:
+        raise ValueError(f"a teacher's identity has the fields {', '.join(names)}")
+    for name in names:
+        if type(fields[name]) not in payloads.HELLO_ACK_FIELDS[name]:
+            raise ValueError(f"the teacher's {name} is {fields[name]!r}")
+    return payloads.read_identity(fields)
 
 
 def make_store(folder: Path, identity: TeacherIdentity, spec: TargetSpec) -> TargetStore:
@@ -315,10 +331,14 @@ def make_store(folder: Path, identity: TeacherIdentity, spec: TargetSpec) -> Tar
         with names_the_store(folder):
             folder.mkdir(parents=True, exist_ok=True)
             partial = folder / f"{MANIFEST}.{uuid.uuid4().hex}{PARTIAL}"
-            partial.write_text(json.dumps(fields, indent=1), "utf-8")
-            with suppress(FileExistsError):  # of several processes, one is first
-                os.link(partial, path)
-            partial.unlink()
+            try:
+                with partial.open("xb") as file:
+                    file.write(json.dumps(fields, indent=1).encode())
+                    to_disk(file)
+                with suppress(FileExistsError):  # of several processes, one is first
+                    os.link(partial, path)
+            finally:
+                partial.unlink(missing_ok=True)
             flush_folder(folder)
     store = open_store(folder)
     if store.identity.fingerprint != identity.fingerprint:

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from megatron_mlr1.errors import Mlr1Error, TeacherError
-from megatron_mlr1.teacher.serving import ServePlan, place_of
+from megatron_mlr1.teacher.pool import make_pool
+from megatron_mlr1.teacher.ports import refuse_taken
+from megatron_mlr1.teacher.serving import ServePlan, addresses, place_of
 
 LOOK_S: Final = 0.2
 FIRST_PAUSE_S: Final = 1.0
@@ -48,23 +50,28 @@ class Supervisor:
         """
         self._plan, self._say = plan, say
         self._children = [Child(index) for index in range(len(plan.devices))]
-        self._drain_asked = threading.Event()
+        # No `Event`: a signal's handler that sets what its own thread waits for may stop both.
+        self._drain_asked = False
 
     def drain(self) -> None:
         """Let every replica finish what it accepted; from any thread or a signal's handler."""
-        self._drain_asked.set()
+        self._drain_asked = True
 
     def run(self) -> None:
         """Serve until drained.
 
         Raises:
             TeacherError: a replica could not start for a reason that no restart mends.
+            MachineError: the pool cannot be written, or an address cannot be bound.
         """
+        if self._plan.pool is not None:
+            make_pool(self._plan.pool)
+        refuse_taken(addresses(self._plan))
         try:
-            while not self._drain_asked.is_set():
+            while not self._drain_asked:
                 for child in self._children:
                     self._look_at(child)
-                self._drain_asked.wait(LOOK_S)
+                time.sleep(LOOK_S)
         finally:
             self._end()
 
@@ -129,7 +136,8 @@ class Supervisor:
             except subprocess.TimeoutExpired:
                 self._say(f"process {process.pid} did not drain and is killed")
                 process.kill()
-            if process.wait():
+            # A replica that has not served yet ends by the signal itself.
+            if process.wait() not in (0, -signal.SIGTERM):
                 self._say(f"process {process.pid} ended with {_ending(process.returncode)}")
 
 

@@ -27,6 +27,8 @@ class Birth:
     """Added to each computation, so that there is something to interrupt."""
     damage: float = 0.0
     """Added to one weight after the fingerprint was taken."""
+    damage_head: bool = False
+    """Whether one number of its head is another."""
     damage_after: int = 0
     """Answers that it gives before the damage is done."""
     poison: int = -1
@@ -58,7 +60,11 @@ class Patient:
         return self._teacher.targets(request, key)
 
     def head_rows(self, begin: int, end: int) -> Any:
-        return self._teacher.head_rows(begin, end)
+        rows = self._teacher.head_rows(begin, end)
+        if self._birth.damage_head and begin == 0:
+            rows = rows.copy()
+            rows[0, 0] += 1
+        return rows
 
 
 def serve(teacher: Any, birth: Birth, parent: int) -> None:

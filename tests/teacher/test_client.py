@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -186,6 +188,32 @@ def test_no_replica_at_the_start_is_an_error_that_names_the_addresses():
     nobody = Access(pool=AddressPool(("tcp://127.0.0.1:9",)))
     with pytest.raises(TeacherUnavailable, match=r"127\.0\.0\.1:9: nobody listens"):
         ServedTeacher(nobody, ClientOptions(start_timeout_s=0.5))
+
+
+LIMITED = """
+import resource, sys
+from megatron_mlr1.teacher.client import ClientOptions, ServedTeacher
+from megatron_mlr1.teacher.pool import AddressPool
+from megatron_mlr1.teacher.replicas import Access
+from tests.support.teacher_pool import sequence
+asked = sequence(1)
+# Beyond what is imported by now, ZeroMQ's threads need about 20 of them, and each replica five.
+resource.setrlimit(resource.RLIMIT_NOFILE, (36, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+access = Access(pool=AddressPool(tuple(sys.argv[1:])))
+client = ServedTeacher(access, ClientOptions(start_timeout_s=20))
+ticket = client.submit(asked, 0)
+print(client.fetch(ticket, 20).rows == asked.rows)
+client.close()
+"""
+
+
+def test_replicas_beyond_the_limit_of_open_files_do_not_stop_the_others(pool, pytestconfig):
+    ports = [lease.endpoint.rsplit(":", 1)[1] for lease in FolderPool(pool.folder).leases()]
+    hosts = ("127.0.0.1", "localhost", "127.0.0.2", "127.0.0.3")
+    served = [f"tcp://{host}:{port}" for host in hosts for port in ports]
+    words = [sys.executable, "-c", LIMITED, *served]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=pytestconfig.rootpath)
+    assert done.stdout.strip() == "True", done.stderr
 
 
 def test_targets_that_do_not_come_leave_the_ticket_good(tmp_path):

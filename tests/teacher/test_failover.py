@@ -5,6 +5,7 @@ import resource
 import signal
 import time
 
+import numpy as np
 import pytest
 
 from megatron_mlr1.errors import TeacherError
@@ -162,6 +163,30 @@ def test_of_two_replicas_that_disagree_nobody_knows_which_is_wrong(tmp_path):
             all_connected(client, 2)
             with pytest.raises(TeacherError, match="r0 and r1 give different targets"):
                 learn(client, range(10))
+
+
+def test_a_replica_whose_head_is_another_is_ejected_before_a_student_learns_of_it(tmp_path):
+    with pool_of(shared_nursery(), tmp_path / "pool", 1, damage_head=True) as pool:
+        pool.start()
+        pool.start()
+        with client_of(pool) as client:
+            all_connected(client, 3)
+            whole = client.head(0, client.identity.vocab_size)
+            assert client.statistics()["ejected"] == 1
+        pool.kill("r0")
+        with client_of(pool) as client:
+            assert np.array_equal(client.head(0, client.identity.vocab_size), whole)
+            assert client.statistics()["ejected"] == 0
+
+
+def test_of_two_heads_that_differ_nobody_knows_which_is_wrong(tmp_path):
+    with pool_of(shared_nursery(), tmp_path / "pool", 1, damage_head=True) as pool:
+        pool.start()
+        with client_of(pool) as client:
+            all_connected(client, 2)
+            with pytest.raises(TeacherError, match="r0 and r1 give different rows"):
+                client.head(0, client.identity.vocab_size)
+            assert len(client.head(1, 5)) == 4, "these are alike"
 
 
 def test_a_replica_whose_states_are_no_numbers_is_reported(tmp_path):

@@ -3,7 +3,7 @@ import stat
 
 import pytest
 
-from megatron_mlr1.errors import TeacherError
+from megatron_mlr1.errors import MachineError, TeacherError
 from megatron_mlr1.teacher.keys import (
     make_pair,
     read_pair,
@@ -53,6 +53,13 @@ def test_keys_are_not_overwritten(tmp_path):
     assert read_pair(tmp_path / "pool.key_secret") == pair
 
 
+def test_a_file_in_the_place_of_the_folder_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "students"):
+        with pytest.raises(MachineError, match="Not a directory"):
+            make_pair(folder, "pool")
+
+
 @pytest.mark.parametrize("name", ["", "../pool", "a/b", "A", "a.key"])
 def test_a_name_that_could_leave_the_folder_is_refused(tmp_path, name):
     with pytest.raises(TeacherError):
@@ -66,14 +73,37 @@ def test_a_public_key_is_no_secret_one(tmp_path):
         read_pair(tmp_path / "pool.key")
 
 
-@pytest.mark.parametrize("text", ["", 'public-key = "short"\nsecret-key = "short"\n'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "public-key",
+        'public-key = "short"\nsecret-key = "short"\n',
+        f'public-key = "{"~" * 40}"\n',
+        f'public-key = "{"#" * 40}"\n',
+    ],
+    ids=["nothing", "no value", "too short", "no character of Z85", "five that stand for nothing"],
+)
 def test_a_file_that_holds_no_keys_is_refused(tmp_path, text):
     path = tmp_path / "pool.key_secret"
     path.write_text(text)
-    with pytest.raises(TeacherError):
+    path.chmod(0o600)
+    with pytest.raises(TeacherError, match=r"pool\.key_secret"):
         read_pair(path)
-    with pytest.raises(TeacherError):
+
+
+def test_a_file_that_is_missing_is_said_to_be_missing(tmp_path):
+    with pytest.raises(TeacherError, match=r"missing\.key_secret .* no such file"):
         read_pair(tmp_path / "missing.key_secret")
+
+
+def test_two_keys_that_are_no_pair_are_refused(tmp_path):
+    path = make_pair(tmp_path, "pool")
+    other = read_pair(make_pair(tmp_path, "other"))
+    text = path.read_text().replace(read_pair(path).public.decode(), other.public.decode())
+    path.write_text(text)
+    with pytest.raises(TeacherError, match="no pair"):
+        read_pair(path)
 
 
 def test_a_pool_without_students_is_refused(tmp_path):

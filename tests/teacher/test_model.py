@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from megatron_mlr1.errors import TeacherError
 from megatron_mlr1.teacher.content_key import content_key
@@ -134,6 +135,16 @@ def test_states_that_are_not_finite_are_an_error(teacher_folder):
     with pytest.raises(RequestError) as error:
         hidden(teacher, make_request((9,), TargetSpec()))
     assert error.value.code is Code.NOT_FINITE
+
+
+def test_a_folder_whose_weights_are_no_numbers_is_refused(tmp_path):
+    folder = make_teacher_folder(tmp_path / "nan")
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    weights["lm_head.weight"][200, 3] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(TeacherError, match="NaN or Inf on a short text"):
+        load_teacher(folder, CPU, "float32")
 
 
 def test_states_in_bfloat16_come_as_their_bits(teacher_folder, tiny_teacher):

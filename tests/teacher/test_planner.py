@@ -61,6 +61,7 @@ def test_the_report_names_every_quantity_that_costs_money():
         {"replicas": 0},
         {"student_tokens_per_s": 0.0},
         {"teacher_tokens_per_s": float("nan")},
+        {"teacher_tokens_per_s": float("inf")},
     ],
     ids=str,
 )
@@ -87,6 +88,15 @@ def test_a_teachers_shape_is_read_from_its_config(tmp_path):
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert shape_of_folder(tmp_path) == LLAMA_31_8B
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(TeacherError, match="dense decoder"):
-        shape_of_folder(tmp_path)
+    wrong = (
+        {},
+        [],
+        config | {"num_hidden_layers": "32"},
+        config | {"vocab_size": 0},
+        config | {"hidden_size": None},
+        config | {"intermediate_size": 1.5},
+    )
+    for broken in wrong:
+        (tmp_path / "config.json").write_text(json.dumps(broken))
+        with pytest.raises(TeacherError, match="dense decoder"):
+            shape_of_folder(tmp_path)

@@ -10,6 +10,8 @@ from megatron_mlr1.teacher.pool import (
     FolderPool,
     Lease,
     LeaseKeeper,
+    make_pool,
+    needs_ipv6,
     open_pool,
     refuse_other_teacher,
 )
@@ -62,7 +64,7 @@ def test_a_lease_is_renewed_before_it_runs_out(tmp_path):
     assert FolderPool(tmp_path).leases()[0].expires > first
 
 
-def test_a_lease_that_has_run_out_is_passed_over_and_swept(tmp_path):
+def test_a_lease_that_has_run_out_is_remarks_and_swept(tmp_path):
     write(tmp_path, "just", expires=time.time() - 1)
     write(tmp_path, "long", expires=time.time() - 1000)
     write(tmp_path, "good")
@@ -83,7 +85,7 @@ def test_a_lease_that_has_run_out_is_passed_over_and_swept(tmp_path):
         "x" * 10_000,
     ],
 )
-def test_a_file_that_is_no_lease_is_passed_over(tmp_path, text):
+def test_a_file_that_is_no_lease_is_remarks(tmp_path, text):
     (tmp_path / "bad.lease").write_text(text)
     write(tmp_path, "good")
     assert [lease.name for lease in FolderPool(tmp_path).leases()] == ["good"]
@@ -100,9 +102,71 @@ def test_a_file_that_is_no_lease_is_passed_over(tmp_path, text):
     ],
     ids=str,
 )
-def test_a_lease_with_wrong_fields_is_passed_over(tmp_path, changes):
+def test_a_lease_with_wrong_fields_is_remarks(tmp_path, changes):
     write(tmp_path, "bad", **changes)
     assert FolderPool(tmp_path).leases() == []
+
+
+def test_a_pool_says_why_it_has_few_members(tmp_path):
+    pool = FolderPool(tmp_path)
+    assert pool.remarks() == f"{tmp_path} holds no lease: no replica has come, or all left."
+    write(tmp_path, "good")
+    assert pool.remarks() == ""
+    write(tmp_path, "old", expires=time.time() - 300)
+    write(tmp_path, "older", expires=time.time() - 900)
+    (tmp_path / "bad.lease").write_text("{")
+    (tmp_path / "notes.txt").write_text("")
+    told = pool.remarks()
+    assert f"Leases in {tmp_path} that have run out: 2, the newest 30" in told
+    assert "clocks differ" in told
+    assert f"Files in {tmp_path} that are no lease of this version: 1." in told
+    assert AddressPool(("tcp://h:1",)).remarks() == ""
+
+
+def test_a_lease_that_cannot_be_renewed_is_tried_again(tmp_path, caplog):
+    folder = tmp_path / "pool"
+    keeper = LeaseKeeper(folder, LEASE, life_s=0.03)
+    folder.rename(tmp_path / "away")
+    with pytest.raises(MachineError, match="can write"):
+        keeper.keep()
+    (tmp_path / "away").rename(folder)
+    time.sleep(0.02)
+    keeper.keep()
+    folder.rename(tmp_path / "away")
+    time.sleep(0.02)
+    keeper.keep()
+    time.sleep(0.02)
+    keeper.keep()
+    assert caplog.text.count("not renewed") == 1, "it is told once"
+    (tmp_path / "away").rename(folder)
+    time.sleep(0.02)
+    keeper.keep()
+    assert caplog.text.count("renewed again") == 1
+    assert [path.name for path in folder.iterdir()] == ["a.lease"]
+    assert len(FolderPool(folder).leases()) == 1
+
+
+def test_a_pool_is_made_and_left_empty_or_refused(tmp_path):
+    make_pool(tmp_path / "new" / "pool")
+    assert list((tmp_path / "new" / "pool").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "pool"):
+        with pytest.raises(MachineError, match="can write"):
+            make_pool(folder)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "needs"),
+    [
+        ("tcp://127.0.0.1:1", False),
+        ("tcp://[::1]:1", True),
+        ("tcp://localhost:1", False),
+        ("ipc:///tmp/x", False),
+        ("tcp://a-name-that-nobody-has.invalid:1", False),
+    ],
+)
+def test_a_name_is_reached_by_ipv4_where_it_can_be(endpoint, needs):
+    assert needs_ipv6(endpoint) is needs
 
 
 def test_a_list_of_addresses_is_a_pool():
@@ -125,8 +189,9 @@ def test_an_address_that_is_none_is_refused(where):
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(TeacherError, match="no folder"):
-        open_pool(str(tmp_path / "missing"))
+    for where in (str(tmp_path / "missing"), ""):
+        with pytest.raises(TeacherError, match="no folder"):
+            open_pool(where)
     (tmp_path / "file").write_text("")
     with pytest.raises(MachineError):
         LeaseKeeper(tmp_path / "file", LEASE)

@@ -11,6 +11,7 @@ from megatron_mlr1.teacher.serving import (
     is_local,
     parse_devices,
     place_of,
+    pool_folder,
     read_gate,
 )
 from tests.support.teachers import make_keys
@@ -55,6 +56,31 @@ def test_an_address_that_is_none_is_refused(address):
         host_of(address)
 
 
+def test_ports_that_would_be_taken_twice_are_refused(tmp_path):
+    make_keys(tmp_path / "keys")
+    four = {"devices": ("cpu",) * 4, "keys": tmp_path / "keys", "bind": "tcp://lo:5600"}
+    with pytest.raises(ConfigError, match=r"tcp://lo:5602 would be the address of two ports"):
+        plan(tmp_path, data_bind="tcp://lo:5602", **four)
+    plan(tmp_path, data_bind="tcp://lo:5604", **four)
+    plan(tmp_path, data_bind="tcp://lo:*", **(four | {"bind": "tcp://lo:*"}))
+    with pytest.raises(ConfigError, match="tcp://lo:65536"):
+        plan(tmp_path, **(four | {"bind": "tcp://lo:65534"}))
+
+
+@pytest.mark.parametrize("host", ["", "::1", "host:5600", "tcp://host", "a b", "[host]"])
+def test_a_host_that_is_none_is_not_advertised(tmp_path, host):
+    with pytest.raises(ConfigError, match="--advertise"):
+        plan(tmp_path, **LOCAL, advertise=host)
+    for good in ("host.domain", "10.0.0.1", "[fe80::1]"):
+        plan(tmp_path, **LOCAL, advertise=good)
+
+
+@pytest.mark.parametrize("words", ["", "tcp://10.0.0.1:5600", "tcp://a:1,b:2"])
+def test_replicas_join_a_folder_alone(words):
+    with pytest.raises(ConfigError, match="Name a folder"):
+        pool_folder(words)
+
+
 def test_only_loopback_and_ipc_are_this_machine_alone():
     local = ("tcp://127.0.0.1:1", "tcp://localhost:1", "tcp://lo:1", "tcp://[::1]:1", "ipc:///x")
     assert all(map(is_local, local))
@@ -95,8 +121,23 @@ def test_flags_that_contradict_each_other_are_refused(tmp_path):
         plan(tmp_path, **LOCAL, keys=tmp_path / "keys")
     with pytest.raises(ConfigError, match="open-data-bind"):
         plan(tmp_path, **LOCAL, data_bind="tcp://127.0.0.1:6000")
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"max_queue_tokens": 0},
+        {"held_gb": 0.0},
+        {"held_gb": float("nan")},
+        {"held_gb": float("inf")},
+        {"drain_s": -1.0},
+        {"drain_s": float("inf")},
+    ],
+    ids=str,
+)
+def test_limits_that_are_none_are_refused(tmp_path, limits):
     with pytest.raises(ConfigError, match="positive"):
-        plan(tmp_path, **LOCAL, max_queue_tokens=0)
+        plan(tmp_path, **LOCAL, **limits)
 
 
 def test_keys_are_looked_at_before_anything_starts(tmp_path):

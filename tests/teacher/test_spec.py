@@ -120,12 +120,14 @@ def test_targets_outside_of_their_range_are_refused(spec, name, value):
         Targets(spec, arrays).check(IDENTITY, 3)
 
 
-@pytest.mark.parametrize("bits", [0x7F80, 0xFF80, 0x7FC0, 0x7F81])
-def test_bfloat16_that_is_not_finite_is_refused(bits):
+@pytest.mark.parametrize("bits", [0x7F80, 0xFF80, 0x7FC0, 0xFFC0, 0x7F81, 0xFFFF])
+@pytest.mark.parametrize("others", [(0x7F7F,), (0xFF7F,), (0x7F7F, 0xFF7F), (0, 0x8000)])
+def test_bfloat16_that_is_not_finite_is_refused(bits, others):
     import dataclasses
 
     half = dataclasses.replace(IDENTITY, dtype="bfloat16")
-    arrays = {"hidden": np.full((3, 8), 0x7F7F, "<u2")}  # the largest finite number
+    # 0x7F7F is the largest finite number, 0xFF7F the smallest, 0x8000 is -0.
+    arrays = {"hidden": np.resize(np.array(others, "<u2"), (3, 8))}
     Targets(TargetSpec(), arrays).check(half, 3)
     arrays["hidden"][2, 7] = bits
     with pytest.raises(TeacherError, match="hidden"):

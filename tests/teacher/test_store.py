@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -155,6 +156,21 @@ def test_the_head_is_stored_and_read_in_parts(tmp_path):
         again.head(0, 10_001)
 
 
+def test_what_a_killed_writer_left_of_the_head_does_not_keep_it_from_being_stored(tmp_path):
+    store = make_store(tmp_path, identity_of(), TargetSpec())
+    (tmp_path / f"head.arrow{PARTIAL}").write_text("half")
+
+    def fails(begin, end):
+        raise TeacherError("the teacher died")
+
+    with pytest.raises(TeacherError, match="died"):
+        store.keep_head(fails)
+    assert not store.has_head
+    assert len(list(tmp_path.glob(f"*{PARTIAL}"))) == 1, "the second one cleaned up behind itself"
+    store.keep_head(TableTeacher().head)
+    assert store.has_head
+
+
 def test_the_store_of_another_teacher_or_form_is_refused(tmp_path):
     make_store(tmp_path, identity_of(), TargetSpec())
     with pytest.raises(TeacherError, match=r"table-0.*table-1"):
@@ -180,6 +196,19 @@ def test_a_folder_that_is_no_store_is_refused(tmp_path, manifest):
         (tmp_path / "store.json").write_text(manifest)
     with pytest.raises(DataError, match="store of targets"):
         open_store(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"dtype": "float8"}, {"vocab_size": "256"}, {"fingerprint": "x"}, {"more": 1}]
+)
+def test_a_store_whose_teacher_is_none_is_refused(tmp_path, changes):
+    make_store(tmp_path, identity_of(), TargetSpec())
+    path = tmp_path / "store.json"
+    fields = json.loads(path.read_text())
+    for identity in (fields["identity"] | changes, [], None):
+        path.write_text(json.dumps(fields | {"identity": identity}))
+        with pytest.raises(DataError, match="store of targets"):
+            open_store(tmp_path)
 
 
 def damage(path, where):

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from megatron_mlr1.errors import TeacherError
+from megatron_mlr1.errors import MachineError, TeacherError
 from megatron_mlr1.teacher.pool import FolderPool
 from megatron_mlr1.teacher.serving import ServePlan
 from megatron_mlr1.teacher.spec import TargetSpec
@@ -93,7 +93,8 @@ def test_a_killed_replica_comes_back_and_all_answer_with_the_same_bits(teacher_f
         thread.join(PATIENCE_S)
     assert not thread.is_alive()
     assert children() == []
-    assert not [line for line in lines if "exit code" in line], "a drained replica ends with 0"
+    ended = [line for line in lines if "ended with" in line]
+    assert [line for line in ended if "signal 9" not in line] == [], "a drained one ends with 0"
     living = {lease.name for lease in pool.leases()}
     assert living <= {first.name, second.name}, "only the killed one left a lease"
     assert len(living) <= 1
@@ -111,3 +112,20 @@ def test_a_replica_that_can_never_start_ends_the_supervisor(tmp_path, capfd):
     with pytest.raises(TeacherError, match="cannot start"):
         Supervisor(plan, print).run()
     assert "safetensors" in capfd.readouterr().err
+
+
+def test_a_pool_that_cannot_be_written_is_refused_before_a_teacher_is_loaded(tmp_path):
+    (tmp_path / "file").write_text("")
+    plan = ServePlan(
+        model=tmp_path / "missing",
+        devices=("cpu",),
+        bind=f"ipc://{tmp_path}/socket",
+        pool=tmp_path / "file" / "pool",
+        keys=None,
+        insecure_loopback=True,
+    )
+    lines = []
+    with pytest.raises(MachineError, match="A pool is a folder that all replicas can write"):
+        Supervisor(plan, lines.append).run()
+    assert lines == []
+    assert children() == []

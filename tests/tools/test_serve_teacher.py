@@ -65,7 +65,13 @@ def test_a_teacher_that_fp8_changes_too_much_ends_with_its_figures(tmp_path):
         (("--status",), "give --pool"),
         (("--status", "--pool", "missing"), "no folder"),
         (("--status", "--pool", "tcp://h:1", "--keys", "k"), "belong together"),
+        (("--model", "x", "--bind", "tcp://lo:1", "--pool", "tcp://h:1"), "Name a folder"),
+        (
+            ("--model", "x", "--bind", "tcp://lo:1", "--insecure-loopback", "--held-gb", "nan"),
+            "finite",
+        ),
         (("--plan", "7b"), "7b"),
+        (("--plan", "950m", "--teacher-tokens-per-s", "inf"), "finite"),
         (("--plan", "950m", "--form", "top_k"), "top_k"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
