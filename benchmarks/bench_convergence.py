@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.frame import corpora, machine
-from benchmarks.frame.precisions import PRECISIONS
+from benchmarks.frame.precisions import PRECISIONS, missing
 from benchmarks.frame.table import Table, kept_in, measured_by, parser
 from benchmarks.frame.training import Outcome, train
 
@@ -140,7 +140,8 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--models", nargs="+", choices=SIZES, default=_default_models())
     made.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     made.add_argument("--steps", type=int, default=300, help="at least 50")
-    made.add_argument("--timeout", type=float, default=1500.0, help="seconds, of each run")
+    timeout = 1500.0 if machine.device() == "cpu" else 300.0
+    made.add_argument("--timeout", type=float, default=timeout, help="seconds, of each run")
     return made
 
 
@@ -196,6 +197,10 @@ def _compare(model: str, options: argparse.Namespace, table: Table) -> bool:
         table.add(model, "fp32", f"{sum(curves['fp32'][-50:]) / 50:.4f}")
         for precision in options.precisions:
             limit = BF16 if precision == "bf16" else FP8
+            reason = missing(precision)
+            if reason is not None:
+                table.add(model, precision, "", "", "", "", "", reason)
+                continue
             outcome = run(precision, PRECISIONS[precision])
             if outcome.why is not None:
                 table.add(model, precision, "", "", "", "", "", f"not measured: {outcome.why}")

@@ -150,6 +150,22 @@ def liger(case: Case) -> Step:
     return library(case, libraries.liger_cross_entropy)
 
 
+def liger_large(case: Case) -> Step:
+    """The same in chunks of `PRODUCT_ROWS` tokens, where its own have the hidden states' size."""
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    def function(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        words = libraries.liger_cross_entropy_words(hidden, weight, labels)
+        # Behind them: token scaling, accuracy, predictions, implementation, mode; then how many
+        # times the memory of the hidden states a chunk of logits may take.
+        times = max(PRODUCT_ROWS * VOCABULARY // hidden.numel(), 1)
+        settings = (False, False, False, None, None, times)
+        total: Tensor = LigerFusedLinearCrossEntropyFunction.apply(*words, *settings)[0]
+        return total
+
+    return library(case, function)
+
+
 def quack(case: Case) -> Step:
     """The chunked linear cross-entropy of quack."""
     return library(case, libraries.quack_cross_entropy)
@@ -174,6 +190,11 @@ CONTEST = Contest(
         Entrant(
             name="Liger: fused linear cross-entropy",
             prepare=liger,
+            needs=("liger_kernel", "liger-kernel"),
+        ),
+        Entrant(
+            name="Liger: the same, chunks of 8,192 tokens",
+            prepare=liger_large,
             needs=("liger_kernel", "liger-kernel"),
         ),
         Entrant(

@@ -4,9 +4,9 @@ Each row is a run of the product's own command on one device over a synthetic co
 and peak memory from its record and its log. "stock" is the same model without any op of ours, with
 the engine's own fusions. "without-OP" is ours with one op off, "with-OP" with one that is no
 default. "kd" learns from the null teacher, which costs the student nothing but its own side. Rows
-come in the order in which they are wanted, and each is kept as soon as it is measured. Without a
-GPU only `tiny` is run, for a few steps: that shows that the program works, and says nothing of any
-GPU.
+come in the order in which they are wanted, for as many minutes as are given, and each is kept as
+soon as it is measured. Without a GPU only `tiny` is run, for a few steps: that shows that the
+program works, and says nothing of any GPU.
 """
 
 import argparse
@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.frame import corpora, machine
-from benchmarks.frame.precisions import PRECISIONS
+from benchmarks.frame.precisions import PRECISIONS, missing
 from benchmarks.frame.table import Table, kept_in, measured_by, parser
 from benchmarks.frame.training import Outcome, train
 from megatron_mlr1.model.precision import transformer_engine_version
+from megatron_mlr1.model.shape import named_shape
 from megatron_mlr1.options import KERNELS
 
 STEM = "step"
@@ -59,10 +60,14 @@ LENGTHS: Mapping[machine.Device, Mapping[str, Length]] = {
 }
 MODELS = {"cpu": ("tiny",), "cuda": ("950m", "360m", "140m")}
 MICRO_TOKENS = {"cpu": 512, "cuda": 32768}
-STEPS = {"cpu": 6, "cuda": 60}
+STEPS = {"cpu": 6, "cuda": 50}
 INTERVAL = {"cpu": 2, "cuda": 10}
 FIRST = {"cpu": 2, "cuda": 20}
 """Steps that are not counted: allocators, autotuning and compilation come to rest."""
+MINUTES = {"cpu": 0.0, "cuda": 10.0}
+TIMEOUT_S = {"cpu": 400.0, "cuda": 180.0}
+START_S, FLOPS = 25.0, 3e14
+"""For the estimate alone: how long a run takes to its first step, and FLOP/s of its steps."""
 
 TARGETS: Mapping[tuple[str, str, str], int] = {
     ("950m", "2048", "bf16"): 89_000,
@@ -114,17 +119,20 @@ def _kernels(chosen: Mapping[str, str]) -> tuple[str, ...]:
 
 def runs(device: machine.Device) -> Iterator[Run]:
     """Give all rows, the most wanted first."""
-    lengths = list(LENGTHS[device])
+    first, *others = LENGTHS[device]
     bf16, *fp8 = precisions(device)
-    first = lengths[0]
+    delayed = [precision for precision in fp8 if precision == "fp8-delayed"]
+    lasts = ("kd-without-linear_kl",)
+    seen = ("stock", "ours", "kd", FP8_OUTPUT, *lasts)
     wanted: list[tuple[str, str, str]] = [(first, bf16, name) for name in ("stock", "ours")]
     wanted += [(first, precision, "ours") for precision in fp8]
-    seen = ("stock", "ours", FP8_OUTPUT)
-    wanted += [(first, precision, FP8_OUTPUT) for precision in fp8 if precision == "fp8-delayed"]
+    wanted += [(first, bf16, "kd")]
+    wanted += [(first, precision, FP8_OUTPUT) for precision in delayed]
     wanted += [(first, bf16, name) for name in variants() if name not in seen]
-    for length in reversed(lengths[1:]):
+    for length in reversed(others):
         wanted += [(length, bf16, "stock"), (length, bf16, "ours"), (length, bf16, "kd")]
         wanted += [(length, precision, "ours") for precision in fp8]
+    wanted += [(first, bf16, name) for name in lasts]
     wanted += [(first, precision, name) for precision in fp8 for name in ("stock", "kd")]
     for length, precision, variant in wanted:
         for model in MODELS[device]:
@@ -146,7 +154,6 @@ def words_of(run: Run, micro_tokens: int, device: machine.Device) -> list[str]:
         *("--model", run.model, "--stage", "pretrain_phase1"),
         *("--micro-batch-size", batch, "--global-batch-size", batch),
         *("--log-interval", str(INTERVAL[device])),
-        *("--log-memory-interval", str(INTERVAL[device])),
         *("--lr-warmup-iters", "2"),
         *length.words,
         *PRECISIONS.get(run.precision, ()),
@@ -177,15 +184,18 @@ def main() -> int:
         notes=(measured_by(STEM),),
         file=kept_in(options.save, stem),
     )
-    deadline = time.monotonic() + 60 * options.minutes
     failed = 0
     stock: dict[tuple[str, str, str], float] = {}
+    rows = possible(selected(runs(device), options), table)
+    _announce(rows, options, device)
+    deadline = time.monotonic() + 60 * (options.minutes or float("inf"))
     with tempfile.TemporaryDirectory() as folder:
         mixture = _corpora(Path(folder) / "corpora", device, options)
         data = ["--data-root", str(mixture.parent), "--mixture", str(mixture)]
-        for number, run in enumerate(selected(runs(device), options)):
+        for number, run in enumerate(rows):
             if time.monotonic() > deadline:
-                table.close(f"Stopped after {options.minutes:g} minutes; rows are left.")
+                left = f"{len(rows) - number} rows are left (--minutes 0 measures all)."
+                table.close(f"Stopped after {options.minutes:g} minutes; {left}")
                 return int(failed > 0)
             words = [*words_of(run, options.micro_tokens, device), *data]
             save = Path(folder) / f"run{number}"
@@ -194,6 +204,35 @@ def main() -> int:
             table.add(*cells(run, outcome, stock, device))
     table.close()
     return int(failed > 0)
+
+
+def possible(rows: Iterator[Run], table: Table) -> list[Run]:
+    """Keep the rows whose precision this machine has; the table gets the reason for the others."""
+    kept, reasons = [], {}
+    for run in rows:
+        reason = missing(run.precision)
+        if reason is None:
+            kept.append(run)
+        else:
+            reasons[run.precision] = reason
+    for precision, reason in reasons.items():
+        table.add("all", "all", precision, "all", reason)
+    return kept
+
+
+def _announce(rows: Sequence[Run], options: argparse.Namespace, device: machine.Device) -> None:
+    """Say on the screen how long it will take, about."""
+    if device == "cuda":
+        minutes = sum(seconds(run, options) for run in rows) / 60
+        print(f"{len(rows)} rows, about {minutes:.0f} minutes.", file=sys.stderr, flush=True)
+
+
+def seconds(run: Run, options: argparse.Namespace) -> float:
+    """Guess how long a row takes on a Hopper GPU."""
+    tokens, length = options.micro_tokens, LENGTHS["cuda"][run.length]
+    within = DOCUMENT_TOKENS["cuda"] if length.is_packed else length.tokens
+    flops = named_shape(run.model).training_flops(tokens, tokens * within)
+    return float(START_S + options.steps * flops / FLOPS)
 
 
 def cells(
@@ -263,8 +302,13 @@ def words_parser(device: machine.Device) -> argparse.ArgumentParser:
         default=MICRO_TOKENS[device],
         help="tokens of a step, in one micro-batch (default %(default)s)",
     )
-    made.add_argument("--minutes", type=float, default=1e9, help="start no run later than that")
-    made.add_argument("--timeout", type=float, default=400.0, help="seconds of one run")
+    made.add_argument(
+        "--minutes",
+        type=float,
+        default=MINUTES[device],
+        help="start no run later than that; 0 for no limit (default %(default)g)",
+    )
+    made.add_argument("--timeout", type=float, default=TIMEOUT_S[device], help="seconds of one run")
     made.add_argument("--part", help="keep the table as step_PART, where some rows are selected")
     return made
 
@@ -281,8 +325,18 @@ def _about(device: machine.Device, options: argparse.Namespace) -> tuple[str, ..
         f"One process, {options.micro_tokens:,} tokens a step in one micro-batch; {options.steps} "
         f"steps, speeds are the median of the intervals of {INTERVAL[device]} steps after step "
         f"{FIRST[device]}; packed documents have {DOCUMENT_TOKENS[device]:,} tokens on average. "
-        f"Peak memory is {'what torch allocated' if device == 'cuda' else 'resident'}. "
-        f"stock is `{stock}` on this package's model; kd learns from `{TEACHER[device]}`.",
+        f"Peak memory is what torch allocated. stock is `{stock}` on this package's model"
+        f"{_layers(device)}; kd learns from `{TEACHER[device]}`.",
+    )
+
+
+def _layers(device: machine.Device) -> str:
+    """Say what must be known of stock where it is not at its best."""
+    if device == "cpu" or transformer_engine_version() is not None:
+        return ""
+    return (
+        ", WITHOUT TRANSFORMER ENGINE: norms, attention and optimizer are torch's in all rows, and "
+        "stock at its best is faster than this"
     )
 
 

@@ -89,14 +89,10 @@ def transformer_engine(case: Case) -> Step:
 
 
 def liger(case: Case) -> Step:
-    """Liger's function of two halves."""
-    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+    """Liger's function of a fused projection, which copies no halves."""
+    from liger_kernel.ops.swiglu import LigerFusedGateUpSiLUMulFunction
 
-    def halves(gate_up: Tensor) -> Tensor:
-        out: Tensor = LigerSiLUMulFunction.apply(*gate_up.chunk(2, dim=-1))
-        return out
-
-    return prepared(case, halves)
+    return prepared(case, LigerFusedGateUpSiLUMulFunction.apply)
 
 
 CONTEST = Contest(
@@ -119,7 +115,7 @@ CONTEST = Contest(
             needs=("transformer_engine", "transformer-engine"),
         ),
         Entrant(
-            name="Liger: LigerSiLUMulFunction",
+            name="Liger: LigerFusedGateUpSiLUMulFunction",
             prepare=liger,
             needs=("liger_kernel", "liger-kernel"),
         ),

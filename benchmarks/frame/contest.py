@@ -4,21 +4,24 @@ import gc
 import multiprocessing
 import re
 import statistics
+import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal, Self
 
 import torch
 
 from benchmarks.frame import machine, roofline
 from benchmarks.frame.roofline import Work
 from benchmarks.frame.table import Table, kept_in, measured_by
-from megatron_mlr1.errors import Mlr1Error
 
 Step = Callable[[], object]
 SEED = 0
@@ -27,6 +30,12 @@ SECONDS = 1.0
 """How long one implementation is repeated, if it is at least `LEAST` and at most `MOST` times."""
 LEAST = {"cpu": 1, "cuda": 5}
 MOST = 200
+WARM_UP = 3
+"""Runs on a GPU that are not counted: kernels are compiled and tuned, workspaces allocated."""
+LIMIT_S: Final = 240.0
+"""Seconds that a process may take to start and to measure one case, with all that it compiles."""
+HOPELESS: Final = ("failed: ImportError", "failed: ModuleNotFoundError")
+"""How a failure begins that comes back with every other case."""
 OURS = "mlr1"
 """What the names of our own implementations begin with."""
 
@@ -104,16 +113,20 @@ def hold(contest: Contest, cases: Sequence[Case], *, save: bool) -> None:
         if reason is not None:
             table.add(*("all" for _ in contest.columns), f"{name}: {reason}")
     broken: list[str] = []
-    for case in cases:
-        for entrant in contest.entrants:
-            if reasons[entrant.name] is not None:
-                continue
-            found = measured(entrant, case)
-            if isinstance(found, str):
-                table.add(*case.cells, f"{entrant.name}: {found}")
-                broken += [found] if entrant.name.startswith(OURS) else []
-            else:
-                table.add(*case.cells, entrant.name, *_cells(contest, case, found, roof))
+    with ExitStack() as stack:
+        present = [entrant for entrant in contest.entrants if reasons[entrant.name] is None]
+        lasts = machine.device() == "cuda"
+        booths = {entrant: stack.enter_context(Booth(lasts=lasts)) for entrant in present}
+        for case in cases:
+            for entrant, booth in list(booths.items()):
+                found = booth.measured(entrant, case)
+                if isinstance(found, str):
+                    table.add(*case.cells, f"{entrant.name}: {found}")
+                    broken += [found] if entrant.name.startswith(OURS) else []
+                    if found.startswith(HOPELESS):
+                        del booths[entrant]
+                else:
+                    table.add(*case.cells, entrant.name, *_cells(contest, case, found, roof))
     table.close()
     if broken:
         raise SystemExit(f"{contest.stem}: {broken[0]}")
@@ -126,8 +139,9 @@ def _reason(entrant: Entrant) -> str | None:
 def _method() -> str:
     if machine.device() == "cuda":
         return (
-            "Median of CUDA events around each of at least 5 runs after a warm-up, the L2 cache "
-            "overwritten before each; peak memory above the inputs is torch's."
+            f"Median of CUDA events around each of at least {LEAST['cuda']} runs after {WARM_UP} "
+            "that do not count, the L2 cache overwritten before each; peak memory above the inputs "
+            "is torch's."
         )
     return (
         "Median of the runs of one second, of one run where that takes longer, after a small "
@@ -149,51 +163,110 @@ def _cells(
     )
 
 
-def measured(entrant: Entrant, case: Case) -> Measured | str:
-    """Measure in a fresh process; where that fails, say why in its words."""
-    context = multiprocessing.get_context("spawn")
-    receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_measure, args=(entrant, case, send))
-    process.start()
-    send.close()
-    try:
-        answer: Measured | str = receive.recv()
-    except EOFError:
-        process.join()
-        answer = f"ended with code {process.exitcode}"
-    process.join()
-    return answer
+class Booth:
+    """Where one implementation is measured, apart from the others.
+
+    A process that lasts loads libraries, and makes a context on a GPU, once for all cases. It ends
+    with its first failure: what is broken in a process, a CUDA context above all, is broken for all
+    that comes later.
+    """
+
+    def __init__(self, *, lasts: bool) -> None:
+        """Start a process where it is to last: all booths of a table start at once.
+
+        Args:
+            lasts: from case to case; on a CPU it must not, since memory that was used once stays
+                with a process.
+        """
+        self._line: Connection | None = None
+        self._process: BaseProcess | None = None
+        self._lasts = lasts
+        if self._lasts:
+            self._start()
+
+    def measured(self, entrant: Entrant, case: Case) -> Measured | str:
+        """Measure one case; where that fails, say why in its words."""
+        if self._line is None:
+            self._start()
+        assert self._line is not None, "it was just started"
+        assert self._process is not None, "it was just started"
+        try:
+            self._line.send((entrant.prepare, case))
+            if self._line.poll(LIMIT_S):
+                answer: Measured | str = self._line.recv()
+            else:
+                answer = f"stopped after {LIMIT_S:.0f} s"
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            self._process.join()
+            answer = f"ended with code {self._process.exitcode}"
+        if isinstance(answer, str) or not self._lasts:
+            self._end()
+        return answer
+
+    def __enter__(self) -> Self:
+        """Give the booth itself."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """End the process."""
+        self._end()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._line, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs,))
+        self._process.start()
+        theirs.close()
+
+    def _end(self) -> None:
+        if self._line is not None:
+            self._line.close()
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+        self._line = self._process = None
 
 
-_FAILURES = (
-    *(ImportError, RuntimeError, ValueError, TypeError, AssertionError, OSError),
-    Mlr1Error,
-)
-"""How a peer says that it cannot; a mistake of a name is our own, and is not caught."""
-
-
-def _measure(entrant: Entrant, case: Case, send: Connection) -> None:
+def _serve(line: Connection) -> None:
+    """Measure what comes over the line, until it is closed."""
     # The engine warns of each accelerator that is absent, in every process.
     warnings.filterwarnings("ignore", module="megatron")
-    try:
-        send.send(measure_here(entrant.prepare, case))
-    except _FAILURES as error:
-        words = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")
-        send.send(f"failed: {words.replace('|', '/')[:160]}")
+    while True:
+        try:
+            prepare, case = line.recv()
+        except EOFError:
+            return
+        try:
+            found = measure_here(prepare, case)
+            _forget()
+            line.send(found)
+        except Exception as error:
+            # Whatever a peer raises is its row; the table must go on.
+            traceback.print_exc()
+            words = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")
+            line.send(f"failed: {words.replace('|', '/')[:160]}")
+            return
 
 
 def measure_here(prepare: Callable[[Case], Step], case: Case) -> Measured:
     """Measure one implementation in this process."""
     cuda = machine.device() == "cuda"
-    # A few tokens load what is loaded once: libraries, kernels that are compiled when first met.
-    prepare(_small(case))()
+    if cuda:
+        # cuBLAS takes its workspace from torch's memory: it is no implementation's own.
+        one = torch.ones(16, 16, device="cuda", dtype=torch.bfloat16)
+        torch.mm(one, one)
+    else:
+        # A few tokens load what is loaded once.
+        prepare(_small(case))()
     flush = torch.empty(_cache_bytes() if cuda else 0, dtype=torch.int8, device=machine.device())
     torch.manual_seed(SEED)
     step = prepare(case)
     gc.collect()
     before = memory(reset=True)
     if cuda:
-        step()
+        for _ in range(WARM_UP):
+            step()
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     cpu_begin = time.process_time()
     times = repeated(partial(_gpu_seconds if cuda else _cpu_seconds, step, flush))
@@ -204,8 +277,17 @@ def measure_here(prepare: Callable[[Case], Step], case: Case) -> Measured:
     )
 
 
+def _forget() -> None:
+    """Give memory back, which others want, and let torch compile for the next sizes alone."""
+    gc.collect()
+    if machine.device() == "cuda":
+        torch.cuda.empty_cache()
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
 def repeated(clock: Callable[[], float]) -> list[float]:
-    """Take a time again and again: for `SECONDS`, between `LEAST` and `MOST` times."""
+    """Take a time again and again: for `SECONDS` on the whole, `LEAST` to `MOST` times."""
     times: list[float] = []
     least = LEAST[machine.device()]
     while len(times) < least or (sum(times) < SECONDS and len(times) < MOST):
@@ -224,7 +306,7 @@ def _cache_bytes() -> int:
 
 def _gpu_seconds(step: Step, flush: torch.Tensor) -> float:
     flush.zero_()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin, end = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
     begin.record()
     step()
     end.record()

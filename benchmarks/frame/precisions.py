@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Final
 
+from benchmarks.frame import machine
+
 _HYBRID: Final = ("--bf16", "--fp8-format", "hybrid", "--fp8-recipe")
 
 PRECISIONS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -16,3 +18,10 @@ PRECISIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "fp8-tensorwise-ends-bf16": (*_HYBRID, "tensorwise", "--first-last-layers-bf16"),
 }
 """The last keeps the first and the last layer in bf16. The head is in bf16 in all of them."""
+
+
+def missing(precision: str) -> str | None:
+    """Say why a precision cannot be measured here, before a run finds out; None where it can."""
+    if not precision.startswith("fp8"):
+        return None
+    return machine.missing("transformer_engine", "transformer-engine")

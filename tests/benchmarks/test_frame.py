@@ -1,6 +1,8 @@
 """What the benchmarks share: rows that stay, shares of a roofline, records of runs."""
 
 import json
+import os
+from dataclasses import replace
 from importlib.metadata import version
 
 import numpy as np
@@ -109,13 +111,32 @@ def product(case):
     return lambda: x @ x.t()
 
 
+CASES = []
+
+
+def remembers(case):
+    """Leave a trace in its process."""
+    CASES.append(case)
+    return lambda: None
+
+
 def breaks(case):
     """Fail as a peer does that meets a size it has no kernel for."""
 
     def step():
-        raise RuntimeError("no kernel | for this size")
+        raise RuntimeError(f"no kernel | of {len(CASES)} for this size")
 
     return step
+
+
+def dies(case):
+    """Take the process down, as a fault of a driver does."""
+    os._exit(7)
+
+
+def lacks(case):
+    """Fail as a peer does whose own needs are not there."""
+    raise ModuleNotFoundError("No module named 'cutlass'")
 
 
 SMALL = Case(cells=("8",), tokens=64, width=8, work=Work(flops=2 * 64 * 64 * 8))
@@ -128,9 +149,32 @@ def test_an_implementation_is_measured_in_seconds_and_bytes():
     assert found.cpu_seconds > 0
 
 
-def test_one_that_fails_is_a_row_with_its_words():
-    peer = contest.Entrant(name="a peer", prepare=breaks)
-    assert contest.measured(peer, SMALL) == "failed: RuntimeError: no kernel / for this size"
+def test_a_process_lasts_until_it_fails_and_the_next_begins_anew():
+    def ask(prepare):
+        return booth.measured(contest.Entrant(name="a peer", prepare=prepare), SMALL)
+
+    with contest.Booth(lasts=True) as booth:
+        assert isinstance(ask(remembers), contest.Measured)
+        # It was prepared for a few tokens too.
+        assert ask(breaks) == "failed: RuntimeError: no kernel / of 2 for this size"
+        assert ask(breaks) == "failed: RuntimeError: no kernel / of 0 for this size"
+        assert ask(dies) == "ended with code 7"
+
+
+def test_what_can_never_work_is_one_row(capsys):
+    made = contest.Contest(
+        stem="x",
+        title="X",
+        about="",
+        columns=("n",),
+        rate="GB/s",
+        entrants=[contest.Entrant(name="a peer", prepare=lacks)],
+    )
+    contest.hold(made, [SMALL, replace(SMALL, cells=("9",))], save=False)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert [row.split(" | ")[:2] for row in rows] == [
+        ["| 8", "a peer: failed: ModuleNotFoundError: No module named 'cutlass'"]
+    ]
 
 
 def record_of(speeds, interval=10):
@@ -155,12 +199,11 @@ def test_an_unknown_peak_is_no_mfu():
     assert Outcome(rows=rows, log="", why=None).mfu(0) is None
 
 
-def test_peak_memory_is_the_highest_of_the_engines_log():
-    log = (
-        "[Rank 0] (after 10 iterations) memory (MB) | allocated: 1.00 | max allocated: 2.50 | x\n"
-        "[Rank 0] (after 20 iterations) memory (MB) | allocated: 1.00 | max allocated: 2.00 | x\n"
-    )
-    assert Outcome(rows=(), log=log, why=None).peak_bytes() == 2.5 * 2**20
+def test_peak_memory_is_the_highest_of_the_record():
+    rows = tuple(row | {"peak_memory_bytes": n} for n, row in enumerate(record_of([1.0]), 90))
+    assert Outcome(rows=rows, log="", why=None).peak_bytes() == 99
+    on_a_cpu = tuple(row | {"peak_memory_bytes": None} for row in rows)
+    assert Outcome(rows=on_a_cpu, log="", why=None).peak_bytes() is None
     assert Outcome(rows=(), log="", why=None).peak_bytes() is None
 
 

@@ -9,6 +9,7 @@ from benchmarks import bench_convergence, bench_step
 from benchmarks.bench_convergence import Limit, distance
 from benchmarks.bench_step import Run
 from benchmarks.frame.precisions import PRECISIONS
+from benchmarks.frame.table import Table
 from benchmarks.frame.training import Outcome
 from megatron_mlr1 import cpu
 from megatron_mlr1.options import KERNELS
@@ -95,16 +96,38 @@ def test_rows_are_selected_by_each_of_their_parts():
     assert [run.variant for run in rows] == ["stock", "ours"]
 
 
+def test_precisions_that_this_machine_lacks_are_one_row_each(capsys):
+    rows = [
+        Run(model=model, length="2048", precision=precision, variant="ours")
+        for precision in ("bf16", "fp8-delayed")
+        for model in ("950m", "140m")
+    ]
+    kept = bench_step.possible(iter(rows), Table("T", ("a", "b", "c", "d", "e")))
+    assert kept == rows[:2]
+    shown = capsys.readouterr().out.splitlines()[-1]
+    assert shown == "| all | all | fp8-delayed | all | left out: it needs a GPU |"
+
+
+def test_the_estimate_grows_with_model_and_length():
+    def seconds(model, length):
+        run = Run(model=model, length=length, precision="bf16", variant="ours")
+        return bench_step.seconds(run, Namespace(micro_tokens=32768, steps=50))
+
+    assert 25 < seconds("140m", "2048") < seconds("950m", "2048") < seconds("950m", "4096") < 90
+    # Documents of 4,096 tokens, wherever they lie.
+    assert seconds("950m", "32k-packed") == seconds("950m", "4096")
+
+
 def test_a_row_shows_speed_beside_stock_and_the_time_of_a_step():
     run = Run(model="tiny", length="64", precision="fp32", variant="ours")
     rows = tuple(
         {"iteration": step, "tokens": 512 * step, "tokens_per_second": 2048.0, "mfu": None}
+        | {"peak_memory_bytes": 1_040_000_000}
         for step in range(2, 7, 2)
     )
-    log = "max allocated: 1000.0"
     cells = bench_step.cells(
         run,
-        Outcome(rows=({"iteration": 1, "tokens": 512}, *rows), log=log, why=None),
+        Outcome(rows=({"iteration": 1, "tokens": 512}, *rows), log="", why=None),
         {("tiny", "64", "fp32"): 1024.0},
         "cpu",
     )
