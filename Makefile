@@ -3,6 +3,7 @@
 #   PYTHON=/path/to/python3.12   which Python `.venv` is made from (else the first that fits)
 #   EXTRAS=dev,dali               which extras of the package `.venv` gets
 #   MLR1_EXTENSION=require       stop where the compiled ops cannot be built (else: go on without)
+#   WORKERS=2                    how many processes share the tests
 #   SETUP=no                     install and build nothing; run by $(PYTHON), or by `python` where it
 #                                is not given (a GPU node without a network: docs/performance.md)
 
@@ -50,9 +51,12 @@ finetune: setup ## chats into packs, fine-tune a tiny model on them, ask it ques
 distill: setup ## a teacher, three replicas of it, a student that learns from them while one is killed
 	@bash examples/distillation/run.sh </dev/null
 
+# A file at a time, by pytest-xdist.
+WORKERS ?= 2
+
 .PHONY: test
 test: setup ## the tests; what this machine cannot run is skipped, with the reason
-	@$(RUN) -m pytest </dev/null
+	@$(RUN) -m pytest -n $(WORKERS) --dist loadfile </dev/null
 
 .PHONY: test-slow
 test-slow: setup ## the tests that `make test` leaves out because they take long
@@ -67,18 +71,22 @@ lint: setup ## lint, format, types, import contracts
 
 # SANITIZE=memcheck takes one of the tools; compute-sanitizer comes with the CUDA toolkit.
 SANITIZE ?= memcheck racecheck synccheck
+# Neither a hundred runs of one op, which would hardly end, nor what is no kernel of ours.
+SANITIZED := not hundred and not trace and not librar and not liger
 
 .PHONY: gpu-check
 gpu-check: has-gpu compiled ## every test that needs a GPU, then compute-sanitizer over the ops
-	@$(RUN) -m pytest -m gpu </dev/null
-	@sanitizer=$$(PATH="$$PATH:/usr/local/cuda/bin" command -v compute-sanitizer || true); \
+	@failed=; \
+	$(RUN) -m pytest -m gpu $$(grep -rl --include='test_*.py' 'mark\.gpu' tests) </dev/null || failed=1; \
+	sanitizer=$$(PATH="$$PATH:/usr/local/cuda/bin" command -v compute-sanitizer || true); \
 	if [[ -z "$$sanitizer" ]]; then \
-	    echo "NOT CHECKED: there is no compute-sanitizer here (it comes with the CUDA toolkit)."; exit; \
-	fi; \
-	for tool in $(SANITIZE); do \
+	    echo "NOT CHECKED: there is no compute-sanitizer here (it comes with the CUDA toolkit)."; \
+	else for tool in $(SANITIZE); do \
 	    echo "== compute-sanitizer --tool $$tool"; \
-	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$$sanitizer" --tool "$$tool" --error-exitcode 1 \
-	        $(RUN) -m pytest -m gpu tests/ops </dev/null || exit; done
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$$sanitizer" --tool "$$tool" --kernel-regex kns=mlr1 \
+	        --report-api-errors no --error-exitcode 1 \
+	        $(RUN) -m pytest -m gpu -k '$(SANITIZED)' tests/ops </dev/null || failed=1; done; fi; \
+	[[ -z "$$failed" ]]
 
 # The most wanted first. One that fails does not keep the others from running.
 GPU_BENCHMARKS := step linear_cross_entropy linear_kl swiglu swiglu_fp8 qk_norm_rope convergence

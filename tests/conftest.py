@@ -24,6 +24,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[NUM_GPUS] = torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Let random numbers of a test depend neither on the tests before it nor on their order."""
+    torch.manual_seed(0)
+
+
 def _gpu(marker: pytest.Mark, found: int) -> str | None:
     needed = marker.kwargs.get("count", 1)
     if found >= needed:
