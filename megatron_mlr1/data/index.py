@@ -243,8 +243,9 @@ class IndexWriter:
         self.sync()
         self.suspend()
         index_hash = hashlib.sha256() if self._hash is not None else None
+        # Noted first: a signal may come as soon as the file is there.
+        self._unfinished.append(self._idx)
         with disk.names_the_file(self._idx), self._idx.open("wb") as file:
-            self._unfinished.append(self._idx)
             for part in self._index():
                 file.write(part)
                 if index_hash is not None:
