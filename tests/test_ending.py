@@ -40,6 +40,22 @@ def test_a_signal_lets_the_work_clean_up_and_gives_its_status(number):
     assert cleaned
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("kind", [TypeError, DataError])
+def test_a_signal_that_became_another_error_gives_its_status_and_no_word(number, kind, capsys):
+    @contextmanager
+    def turning():
+        try:
+            yield
+        except BaseException:
+            raise kind("no such file") from None
+
+    with pytest.raises(SystemExit) as ended, clean_exit(), turning():
+        os.kill(os.getpid(), number)
+    assert ended.value.code == 128 + number
+    assert capsys.readouterr().err == ""
+
+
 def test_the_callers_own_handling_of_sigterm_comes_back():
     before = signal.getsignal(signal.SIGTERM)
     with clean_exit():

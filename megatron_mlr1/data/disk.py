@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from megatron_mlr1.errors import ConfigError, DataError, MachineError
 
@@ -25,6 +25,25 @@ def refuse_existing(*paths: Path) -> None:
                 f"{path} is there already, finished or from a run that goes on or was killed. "
                 "Choose another --output-prefix, remove it, or say --overwrite."
             )
+
+
+def create(
+    path: Path, mode: Literal["wb", "xb"], unfinished: list[Path], buffering: int = -1
+) -> BinaryIO:
+    """Open a new file, and note it among what is to be removed if the work ends early.
+
+    It is noted first: a signal may come as soon as the file is there. What cannot be created is
+    another's, or nothing, and is not noted.
+
+    Raises:
+        OSError: it is there already (with "xb"), or cannot be written.
+    """
+    unfinished.append(path)
+    try:
+        return open(path, mode, buffering)
+    except OSError:
+        unfinished.remove(path)
+        raise
 
 
 def flush_to_disk(file: BinaryIO) -> None:

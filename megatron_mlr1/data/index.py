@@ -142,8 +142,11 @@ class IndexWriter:
         try:
             for path, size in sizes.items():
                 with disk.names_the_file(path):
-                    self._files[path] = path.open(mode) if new else disk.reopen(path, size)
-                self._unfinished.append(path)
+                    if new:
+                        self._files[path] = disk.create(path, mode, self._unfinished)
+                    else:
+                        self._files[path] = disk.reopen(path, size)
+                        self._unfinished.append(path)
         except BaseException:
             self.discard() if new else self.suspend()
             raise
@@ -243,9 +246,10 @@ class IndexWriter:
         self.sync()
         self.suspend()
         index_hash = hashlib.sha256() if self._hash is not None else None
-        # Noted first: a signal may come as soon as the file is there.
-        self._unfinished.append(self._idx)
-        with disk.names_the_file(self._idx), self._idx.open("wb") as file:
+        with (
+            disk.names_the_file(self._idx),
+            disk.create(self._idx, "wb", self._unfinished) as file,
+        ):
             for part in self._index():
                 file.write(part)
                 if index_hash is not None:

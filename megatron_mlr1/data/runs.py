@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mlr1.data.disk import (
+    create,
     flush_folder_to_disk,
     flush_to_disk,
     names_the_file,
@@ -157,12 +158,10 @@ class _Draft:
 
     def write(self, runs: Sequence[DocumentRun], on_progress: OnProgress) -> None:
         tokens, index = self._names.values()
-        with names_the_file(index), index.open(self._mode) as file:
-            self._unfinished.append(index)
+        with names_the_file(index), create(index, self._mode, self._unfinished) as file:
             _write_index(file, runs)
             flush_to_disk(file)
-        with names_the_file(tokens), tokens.open(self._mode, buffering=0) as file:
-            self._unfinished.append(tokens)
+        with names_the_file(tokens), create(tokens, self._mode, self._unfinished, 0) as file:
             for run in runs:
                 _copy_tokens(run, file.fileno(), on_progress)
             flush_to_disk(file)
@@ -174,8 +173,8 @@ class _Draft:
             # An old index or record must not describe the new tokens, not even for a moment.
             self._meta.unlink(missing_ok=True)
             index.unlink(missing_ok=True)
-            self._names[tokens].replace(tokens)
             self._unfinished.append(tokens)
+            self._names[tokens].replace(tokens)
             self._names[index].replace(index)
             self._unfinished.clear()
             flush_folder_to_disk(index.parent)
