@@ -134,7 +134,7 @@ class IndexWriter:
         self._hash = hashlib.sha256() if hashed else None
         sizes = {self._bin: self.num_bytes, self._lengths: start.sequences * 4}
         sizes[self._documents] = start.documents * 8
-        self._unfinished: list[Path] = []
+        self._unfinished: list[Path] = [] if resume is None else list(sizes)
         self._files: dict[Path, BinaryIO] = {}
         # "x": of two runs that write the same corpus at once, one must not go on.
         mode: Literal["wb", "xb"] = "wb" if overwrite else "xb"
@@ -142,11 +142,9 @@ class IndexWriter:
         try:
             for path, size in sizes.items():
                 with disk.names_the_file(path):
-                    if new:
-                        self._files[path] = disk.create(path, mode, self._unfinished)
-                    else:
-                        self._files[path] = disk.reopen(path, size)
-                        self._unfinished.append(path)
+                    left = self._unfinished
+                    opened = disk.create(path, mode, left) if new else disk.reopen(path, size)
+                    self._files[path] = opened
         except BaseException:
             self.discard() if new else self.suspend()
             raise
@@ -246,10 +244,8 @@ class IndexWriter:
         self.sync()
         self.suspend()
         index_hash = hashlib.sha256() if self._hash is not None else None
-        with (
-            disk.names_the_file(self._idx),
-            disk.create(self._idx, "wb", self._unfinished) as file,
-        ):
+        idx = self._idx
+        with disk.names_the_file(idx), disk.create(idx, "wb", self._unfinished) as file:
             for part in self._index():
                 file.write(part)
                 if index_hash is not None:
