@@ -8,9 +8,14 @@
 // v: every store waits until the cluster has read that far.
 #pragma once
 
+#include <c10/util/Half.h>
+
 #include <cstdint>
+#include <limits>
+#include <type_traits>
 
 #include "common/device.h"
+#include "common/packed.h"
 #include "common/reduce.h"
 #include "common/vector.h"
 #include "cross_entropy_rows.h"
@@ -36,7 +41,7 @@ struct RowWeights {
 
 // Vectors that a thread has under way: as many as leave registers for three blocks of 512 threads.
 template <typename scalar_t>
-constexpr int kBatch = sizeof(scalar_t) == 8 ? 1 : sizeof(scalar_t) == 4 ? 4 : 2;
+constexpr int kBatch = sizeof(scalar_t) == 8 ? 1 : std::is_same_v<scalar_t, c10::Half> ? 2 : 4;
 
 // Shared memory at the begin of a block's: what the reductions over a row need.
 template <typename math_t, unsigned kThreads>
@@ -44,43 +49,48 @@ constexpr std::size_t kRowSumBytes =
     kReduceBytes<SoftmaxSum<math_t>, kThreads> + kClusterReduceBytes<SoftmaxSum<math_t>>;
 
 // Adds logits to what a thread knows.
-template <typename math_t, typename vector_t, int count>
-__device__ inline void add_logits(SoftmaxSum<math_t>& known, const vector_t (&batch)[count]) {
-  constexpr int kVector = sizeof(vector_t::at) / sizeof(vector_t::at[0]);
-  math_t top = known.top;
-#pragma unroll
-  for (const vector_t& vector : batch) {
-#pragma unroll
-    for (int k = 0; k < kVector; ++k) {
-      top = larger(top, static_cast<math_t>(vector.at[k]));
-    }
-  }
+template <typename math_t, typename packed_t, int count>
+__device__ inline void add_logits(SoftmaxSum<math_t>& known, const packed_t (&batch)[count]) {
+  const math_t top = largest_of(known.top, batch);
   const math_t origin = origin_of(top);
   math_t sum = known.sum * exponential_of_any(known.top - origin);
 #pragma unroll
-  for (const vector_t& vector : batch) {
+  for (const packed_t& packed : batch) {
+    const auto vector = widened(packed);
 #pragma unroll
-    for (int k = 0; k < kVector; ++k) {
-      sum += exponential_of_any(static_cast<math_t>(vector.at[k]) - origin);
+    for (const math_t z : vector.at) {
+      sum += exponential_of_any(z - origin);
     }
   }
   known = {top, sum};
 }
 
-// Reads this thread's logits of [begin, end), and calls keep(column, vector) with each vector.
+// A vector of logits that are not there: they add nothing.
+template <int kVector, typename scalar_t>
+__device__ inline Packed<Vector<scalar_t, kVector>> no_logits() {
+  Vector<scalar_t, kVector> none;
+#pragma unroll
+  for (scalar_t& z : none.at) {
+    z = static_cast<scalar_t>(-std::numeric_limits<float>::infinity());
+  }
+  return packed_of(none);
+}
+
+// Reads this thread's logits of [begin, end), and calls keep(column, packed vector) with each
+// vector. The last ones, fewer than a batch, are under way together too.
 template <int kVector, unsigned kThreads, typename scalar_t, typename Keep>
 __device__ inline SoftmaxSum<wide_t<scalar_t>> read_logits(const scalar_t* z, int begin, int end,
                                                            const Keep& keep) {
-  using vector_t = Vector<scalar_t, kVector>;
+  using packed_t = Packed<Vector<scalar_t, kVector>>;
   constexpr int kStride = static_cast<int>(kThreads) * kVector;
   constexpr int kMany = kBatch<scalar_t>;
   auto known = softmax_sum_of_none<wide_t<scalar_t>>();
   int column = begin + static_cast<int>(threadIdx.x) * kVector;
   for (; column + (kMany - 1) * kStride < end; column += kMany * kStride) {
-    vector_t batch[kMany];
+    packed_t batch[kMany];
 #pragma unroll
     for (int b = 0; b < kMany; ++b) {
-      batch[b] = load_streaming(reinterpret_cast<const vector_t*>(z + column + b * kStride));
+      batch[b] = packed_seen_once<kVector>(z + column + b * kStride);
     }
 #pragma unroll
     for (int b = 0; b < kMany; ++b) {
@@ -88,19 +98,44 @@ __device__ inline SoftmaxSum<wide_t<scalar_t>> read_logits(const scalar_t* z, in
     }
     add_logits(known, batch);
   }
-  for (; column < end; column += kStride) {
-    const vector_t one[1] = {load_streaming(reinterpret_cast<const vector_t*>(z + column))};
-    keep(column, one[0]);
-    add_logits(known, one);
+  if (column < end) {
+    packed_t batch[kMany];
+#pragma unroll
+    for (int b = 0; b < kMany; ++b) {
+      batch[b] = no_logits<kVector, scalar_t>();
+      if (column + b * kStride < end) {
+        batch[b] = packed_seen_once<kVector>(z + column + b * kStride);
+      }
+    }
+#pragma unroll
+    for (int b = 0; b < kMany; ++b) {
+      if (column + b * kStride < end) {
+        keep(column + b * kStride, batch[b]);
+      }
+    }
+    add_logits(known, batch);
   }
   return known;
 }
+
+// Finds the top of the lanes first, so that each makes its sum relative to it once.
+template <typename T>
+struct MergeSums {
+  __device__ SoftmaxSum<T> none() const { return softmax_sum_of_none<T>(); }
+
+  template <unsigned width>
+  __device__ SoftmaxSum<T> over_lanes(const SoftmaxSum<T>& known) const {
+    const T top = warp_reduce<width>(known.top, Largest{});
+    const T scaled = known.sum * exponential_of_any(known.top - origin_of(top));
+    return {top, warp_reduce<width>(scaled, Add{})};
+  }
+};
 
 // What the whole cluster knows of a row, from what its threads know. Behind it every thread of the
 // cluster has read its logits.
 template <unsigned kThreads, typename math_t>
 __device__ inline SoftmaxSum<math_t> row_sum(SoftmaxSum<math_t> known, unsigned char* shared) {
-  const MergeSoftmaxSums merge;
+  const MergeSums<math_t> merge;
   known = block_reduce<kThreads>(known, merge, shared);
   cluster_wait();
   return cluster_reduce(known, merge, shared + kReduceBytes<SoftmaxSum<math_t>, kThreads>);
@@ -111,29 +146,23 @@ __device__ inline wide_t<scalar_t> logit_at(const scalar_t* z, std::int64_t colu
   return column < 0 ? wide_t<scalar_t>(0) : static_cast<wide_t<scalar_t>>(z[column]);
 }
 
-// Gradient of a vector of logits that begins at `column`.
+// Gradient of a vector of logits, but for the label's weight.
 template <typename gradient_t, typename scalar_t, int kVector>
-__device__ inline Vector<gradient_t, kVector> gradient_of(
-    const Vector<scalar_t, kVector>& z, const GradientRow<wide_t<scalar_t>>& row, int column,
-    int label) {
-  using math_t = wide_t<scalar_t>;
-  math_t gradient[kVector];
-#pragma unroll
-  for (int k = 0; k < kVector; ++k) {
-    gradient[k] = softmax_pull(row, static_cast<math_t>(z.at[k]));
-  }
-  if (label >= column && label < column + kVector) {
-#pragma unroll
-    for (int k = 0; k < kVector; ++k) {
-      gradient[k] -= label == column + k ? row.weight : math_t(0);
-    }
-  }
+__device__ inline Vector<gradient_t, kVector> pulls_of(
+    const Packed<Vector<scalar_t, kVector>>& packed, const GradientRow<wide_t<scalar_t>>& row) {
+  const auto z = widened(packed);
   Vector<gradient_t, kVector> out;
 #pragma unroll
   for (int k = 0; k < kVector; ++k) {
-    out.at[k] = static_cast<gradient_t>(gradient[k]);
+    out.at[k] = static_cast<gradient_t>(softmax_pull(row, z.at[k]));
   }
   return out;
+}
+
+// Gradient at the label.
+template <typename gradient_t, typename T>
+__device__ inline gradient_t gradient_at_label(const GradientRow<T>& row, T z) {
+  return static_cast<gradient_t>(softmax_pull(row, z) - row.weight);
 }
 
 template <int kVector, unsigned kThreads, typename gradient_t>
@@ -152,29 +181,37 @@ __device__ inline void write_zeros(gradient_t* out, int begin, int end) {
 }
 
 // Overwrites a row by its gradient. The cluster walks over it front to back, a tile at a time of
-// which each block has its part; a narrower gradient waits until the tile is read.
+// which each block has its part. A narrower tile lies where tiles of at most half its number were:
+// they must have been read by all, and a barrier behind the loads of tiles 0, 1, 2, 4, 8 ... sees to
+// that.
 template <typename gradient_t, int kVector, unsigned kThreads, typename scalar_t>
 __device__ inline void overwrite_row(scalar_t* z, int columns, int label,
                                      const GradientRow<wide_t<scalar_t>>& row) {
-  using vector_t = Vector<scalar_t, kVector>;
+  using packed_t = Packed<Vector<scalar_t, kVector>>;
   using out_t = Vector<gradient_t, kVector>;
   constexpr int kStride = static_cast<int>(kThreads) * kVector;
   constexpr int kMany = kBatch<scalar_t>;
   constexpr int kPart = kMany * kStride;
-  const int tile = kPart * static_cast<int>(cluster_size());
   gradient_t* const out = reinterpret_cast<gradient_t*>(z);
-  for (int begin = 0; begin < columns; begin += tile) {
-    const int first = begin + kPart * static_cast<int>(cluster_rank()) +
-                      static_cast<int>(threadIdx.x) * kVector;
-    vector_t batch[kMany];
+  const int blocks = static_cast<int>(cluster_size());
+  const int rank = static_cast<int>(cluster_rank());
+  // The label's gradient is written once more, by the thread that has written there.
+  const bool has_label =
+      label >= 0 && label / kPart % blocks == rank &&
+      static_cast<unsigned>(label % kPart % kStride / kVector) == threadIdx.x;
+  const auto label_z = logit_at(z, has_label ? label : -1);
+  for (int tile = 0; tile * blocks * kPart < columns; ++tile) {
+    const int first =
+        (tile * blocks + rank) * kPart + static_cast<int>(threadIdx.x) * kVector;
+    packed_t batch[kMany];
 #pragma unroll
     for (int b = 0; b < kMany; ++b) {
       const int column = first + b * kStride;
       if (column < columns) {
-        batch[b] = load_streaming(reinterpret_cast<const vector_t*>(z + column));
+        batch[b] = packed_seen_once<kVector>(z + column);
       }
     }
-    if constexpr (sizeof(gradient_t) < sizeof(scalar_t)) {
+    if (sizeof(gradient_t) < sizeof(scalar_t) && (tile & (tile - 1)) == 0) {
       cluster_sync();
     }
 #pragma unroll
@@ -182,9 +219,12 @@ __device__ inline void overwrite_row(scalar_t* z, int columns, int label,
       const int column = first + b * kStride;
       if (column < columns) {
         store_streaming(reinterpret_cast<out_t*>(out + column),
-                        gradient_of<gradient_t>(batch[b], row, column, label));
+                        pulls_of<gradient_t>(batch[b], row));
       }
     }
+  }
+  if (has_label) {
+    out[label] = gradient_at_label<gradient_t>(row, label_z);
   }
 }
 
@@ -193,7 +233,7 @@ template <typename scalar_t, int kVector, unsigned kThreads>
 __global__ void __launch_bounds__(kThreads)
     cross_entropy_partials_kernel(const LogitRows<const scalar_t> of, wide_t<scalar_t>* out) {
   MLR1_SHARED(shared);
-  cluster_arrive();
+  cluster_arrive_unwritten();
   const std::int64_t row = blockIdx.x / cluster_size();
   const scalar_t* const z = of.logits + row * of.columns;
   const int begin = static_cast<int>(cluster_rank()) * of.share;
@@ -233,12 +273,11 @@ __global__ void __launch_bounds__(kThreads, kHeld && sizeof(scalar_t) <= 4 ? 3 :
     cross_entropy_kernel(const LogitRows<scalar_t> of, const wide_t<scalar_t>* weights,
                          wide_t<scalar_t> z_loss, wide_t<scalar_t>* out) {
   using math_t = wide_t<scalar_t>;
-  using vector_t = Vector<scalar_t, kVector>;
+  using packed_t = Packed<Vector<scalar_t, kVector>>;
   MLR1_SHARED(shared);
-  cluster_arrive();
+  cluster_arrive_unwritten();
   const std::int64_t row = blockIdx.x / cluster_size();
   scalar_t* const z = of.logits + row * of.columns;
-  const int label = static_cast<int>(of.label[row]);
   const int begin = static_cast<int>(cluster_rank()) * of.share;
   const int end = begin + of.share < of.columns ? begin + of.share : of.columns;
   // Each thread takes out of shared memory what it put there: no barrier lies between.
@@ -246,14 +285,15 @@ __global__ void __launch_bounds__(kThreads, kHeld && sizeof(scalar_t) <= 4 ? 3 :
       reinterpret_cast<scalar_t*>(shared + kRowSumBytes<math_t, kThreads>) - begin;
   math_t label_z = 0;
   if (cluster_rank() == 0 && threadIdx.x == 0) {
-    label_z = logit_at(z, label);
+    label_z = logit_at(z, of.label[row]);
   }
   const auto known =
-      read_logits<kVector, kThreads>(z, begin, end, [&](int column, const vector_t& vector) {
+      read_logits<kVector, kThreads>(z, begin, end, [&](int column, const packed_t& packed) {
         if constexpr (kHeld) {
-          *reinterpret_cast<vector_t*>(held + column) = vector;
+          *reinterpret_cast<packed_t*>(held + column) = packed;
         }
       });
+  const int label = static_cast<int>(of.label[row]);
   const auto sum = row_sum<kThreads>(known, shared);
   if (cluster_rank() == 0 && threadIdx.x == 0) {
     out[row] = lse_of(sum);
@@ -267,9 +307,14 @@ __global__ void __launch_bounds__(kThreads, kHeld && sizeof(scalar_t) <= 4 ? 3 :
     constexpr int kStride = static_cast<int>(kThreads) * kVector;
     for (int column = begin + static_cast<int>(threadIdx.x) * kVector; column < end;
          column += kStride) {
-      const vector_t vector = *reinterpret_cast<const vector_t*>(held + column);
+      const packed_t packed = *reinterpret_cast<const packed_t*>(held + column);
       store_streaming(reinterpret_cast<Vector<gradient_t, kVector>*>(to + column),
-                      gradient_of<gradient_t>(vector, given, column, label));
+                      pulls_of<gradient_t>(packed, given));
+    }
+    // The label's is written once more, by the thread that has written there.
+    if (label >= begin && label < end &&
+        static_cast<unsigned>((label - begin) / kVector) % kThreads == threadIdx.x) {
+      to[label] = gradient_at_label<gradient_t>(given, static_cast<math_t>(held[label]));
     }
   } else {
     overwrite_row<gradient_t, kVector, kThreads>(z, of.columns, label, given);

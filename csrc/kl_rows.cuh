@@ -8,7 +8,7 @@
 //   kl_gradient_  reads both once and writes one.
 // In bytes a pair, of fp32 logits with a gradient of bf16: 8 + 2 by kl_; by the others, which serve
 // a split vocabulary, 16 + 2, and for the jsd 24 + 2. In kl_ a cluster takes a row, else a block;
-// threads take neighbouring vectors of 16 bytes, and ask for the next ones before they reckon.
+// threads take neighbouring vectors of 16 bytes, and have two of each row under way.
 #pragma once
 
 #include <cstdint>
@@ -25,31 +25,56 @@ constexpr int kKlThreads = 512;
 template <typename scalar_t>
 constexpr int kKlBlocks = sizeof(scalar_t) == sizeof(double) ? 1 : 2;
 
+struct Smallest {
+  __device__ int operator()(int a, int b) const { return a < b ? a : b; }
+};
+
+// Finds the tops of the lanes first, so that each makes its sums relative to them once.
 template <bool kHot, bool kReverse, typename T>
 struct MergeKlSums {
   T inverse_temperature;
 
-  MLR1_HOST_DEVICE KlSums<T> operator()(const KlSums<T>& a, const KlSums<T>& b) const {
-    return merged_kl_sums<kHot, kReverse>(a, b, inverse_temperature);
+  __device__ KlSums<T> none() const { return no_kl_sums<T>(); }
+
+  template <unsigned width>
+  __device__ KlSums<T> over_lanes(KlSums<T> sums) const {
+    const T top_z = warp_reduce<width>(sums.top_z, Largest{});
+    const T top_t = warp_reduce<width>(sums.top_t, Largest{});
+    sums.first = warp_reduce<width>(sums.top_t == top_t ? sums.first : INT_MAX, Smallest{});
+    raise_kl_tops<kHot, kReverse>(sums, top_z, top_t, inverse_temperature);
+    sums.q = warp_reduce<width>(sums.q, Add{});
+    sums.p = warp_reduce<width>(sums.p, Add{});
+    if constexpr (kHot) {
+      sums.q_hot = warp_reduce<width>(sums.q_hot, Add{});
+      sums.p_hot = warp_reduce<width>(sums.p_hot, Add{});
+    }
+    sums.cross = warp_reduce<width>(sums.cross, Add{});
+    sums.spread = warp_reduce<width>(sums.spread, Add{});
+    return sums;
   }
 };
 
+// A pair of vectors in the type of the arithmetic.
+template <typename T, int kVector>
+struct WidePair {
+  Vector<T, kVector> z;
+  Vector<T, kVector> t;
+};
+
 template <typename scalar_t, int kVector>
-__device__ inline VectorPair<wide_t<scalar_t>, kVector> widened(
+__device__ inline WidePair<wide_t<scalar_t>, kVector> widened(
     const VectorPair<scalar_t, kVector>& pair) {
-  VectorPair<wide_t<scalar_t>, kVector> wide;
-#pragma unroll
-  for (int k = 0; k < kVector; ++k) {
-    wide.z.at[k] = static_cast<wide_t<scalar_t>>(pair.z.at[k]);
-    wide.t.at[k] = static_cast<wide_t<scalar_t>>(pair.t.at[k]);
-  }
-  return wide;
+  return {widened(pair.z), widened(pair.t)};
 }
+
+// Pairs of vectors that a thread has under way.
+template <typename scalar_t>
+constexpr int kKlBatch = sizeof(scalar_t) <= 4 ? 2 : 1;
 
 // Adds a vector to sums; exponents are rescaled only where one of the two tops rises.
 template <bool kHot, bool kReverse, int kVector, typename T>
 __device__ inline void add_kl_vector(KlSums<T>& sums, int column,
-                                     const VectorPair<T, kVector>& pair, T inverse_temperature) {
+                                     const WidePair<T, kVector>& pair, T inverse_temperature) {
   T top_z = sums.top_z;
   T top_t = sums.top_t;
 #pragma unroll
@@ -70,7 +95,7 @@ __device__ inline void add_kl_vector(KlSums<T>& sums, int column,
   const T base_t = base_of(sums.top_t);
 #pragma unroll
   for (int k = 0; k < kVector; ++k) {
-    add_kl_terms(sums, kl_terms<kHot, kReverse>(pair.z.at[k], pair.t.at[k], base_z, base_t,
+    add_kl_terms<kHot>(sums, kl_terms<kHot, kReverse>(pair.z.at[k], pair.t.at[k], base_z, base_t,
                                                 inverse_temperature));
   }
 }
@@ -87,7 +112,7 @@ __global__ void __launch_bounds__(kKlThreads, kKlBlocks<scalar_t>)
   const scalar_t* const z = student + row * width;
   const scalar_t* const t = teacher + row * width;
   auto sums = no_kl_sums<math_t>();
-  walk_pair<kVector, kKlThreads>(
+  walk_pair<kVector, kKlThreads, kKlBatch<scalar_t>>(
       0, width, loads_of<kVector>(z, t),
       [&](int column, const VectorPair<scalar_t, kVector>& pair) {
         add_kl_vector<kHot, kReverse>(sums, column, widened(pair), inverse_temperature);
@@ -114,7 +139,7 @@ __device__ inline JsdTerms<wide_t<scalar_t>> jsd_of_columns(
     const KlObjective<wide_t<scalar_t>>& objective) {
   using math_t = wide_t<scalar_t>;
   JsdTerms<math_t> sums{math_t(0), math_t(0)};
-  walk_pair<kVector, kThreads>(
+  walk_pair<kVector, kThreads, kKlBatch<scalar_t>>(
       begin, end, load, [&](int, const VectorPair<scalar_t, kVector>& pair) {
         const auto [z, t] = widened(pair);
 #pragma unroll
@@ -183,10 +208,9 @@ __device__ inline KlSplit<wide_t<scalar_t>> overwrite_by_gradient(
   KlSplit<math_t> split{math_t(0), math_t(0), math_t(0)};
   overwrite_columns<out_t, kVector, kThreads, kUnrolled>(
       z, begin, end, reads, load,
-      [&](int, int k, const VectorPair<scalar_t, kVector>& pair) {
+      [&](int, int k, const WidePair<math_t, kVector>& pair) {
         const auto made =
-            kl_gradient<kHot, kDirection>(static_cast<math_t>(pair.z.at[k]),
-                                          static_cast<math_t>(pair.t.at[k]), row, objective);
+            kl_gradient<kHot, kDirection>(pair.z.at[k], pair.t.at[k], row, objective);
         split = AddKlSplits{}(split, kl_split(made.p, made.term));
         return is_idle ? math_t(0) : made.gradient;
       });
@@ -265,7 +289,7 @@ __global__ void __launch_bounds__(kThreads, kKlBlocks<scalar_t>)
   using room = KlRoom<math_t, kThreads>;
   constexpr bool kReverse = kDirection == KlDirection::reverse;
   MLR1_SHARED(shared);
-  cluster_arrive();
+  cluster_arrive_unwritten();
   const std::int64_t row = blockIdx.x / cluster_size();
   scalar_t* const z = of.student + row * of.width;
   const scalar_t* const t = of.teacher + row * of.width;
@@ -282,20 +306,20 @@ __global__ void __launch_bounds__(kThreads, kKlBlocks<scalar_t>)
   const math_t label_t = speaks ? logit_at_label<math_t>(t, label, of.width) : math_t(0);
 
   auto sums = no_kl_sums<math_t>();
-  walk_pair<kVector, kThreads>(
+  walk_pair<kVector, kThreads, kKlBatch<scalar_t>>(
       begin, end,
       [&](int column) {
         return VectorPair<scalar_t, kVector>{
-            shares.keeps_z ? vector_seen_once<kVector>(z + column) : vector_at<kVector>(z + column),
-            column < kept_end ? vector_seen_once<kVector>(t + column)
-                              : vector_at<kVector>(t + column)};
+            shares.keeps_z ? packed_seen_once<kVector>(z + column) : packed_at<kVector>(z + column),
+            column < kept_end ? packed_seen_once<kVector>(t + column)
+                              : packed_at<kVector>(t + column)};
       },
       [&](int column, const VectorPair<scalar_t, kVector>& pair) {
         if (shares.keeps_z) {
-          *reinterpret_cast<Vector<scalar_t, kVector>*>(kept_z + column) = pair.z;
+          *reinterpret_cast<Packed<Vector<scalar_t, kVector>>*>(kept_z + column) = pair.z;
         }
         if (column < kept_end) {
-          *reinterpret_cast<Vector<scalar_t, kVector>*>(kept_t + column) = pair.t;
+          *reinterpret_cast<Packed<Vector<scalar_t, kVector>>*>(kept_t + column) = pair.t;
         }
         add_kl_vector<kHot, kReverse>(sums, column, widened(pair), objective.inverse_temperature);
       });

@@ -99,10 +99,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> qk_norm_rope_cuda(
         const QkHeads<scalar_t> heads{q.mutable_data_ptr<scalar_t>(),
                                       k.mutable_data_ptr<scalar_t>(),
                                       v.mutable_data_ptr<scalar_t>()};
-        with_head_split<scalar_t>(shape, [&](auto vector, auto chunks) {
-          launch(qk_norm_rope_kernel<scalar_t, decltype(vector)::value, decltype(chunks)::value>,
-                 grid_of(tokens), kBlock, 0, x, heads, scales.mutable_data_ptr<math_t>(),
-                 static_cast<math_t>(eps), shape);
+        with_head_split<scalar_t>(shape, [&](auto vector, auto chunks, auto known_width) {
+          launch(qk_norm_rope_kernel<scalar_t, vector, chunks, known_width>, grid_of(tokens),
+                 kBlock, 0, x, heads, scales.mutable_data_ptr<math_t>(), static_cast<math_t>(eps),
+                 shape);
         });
       });
   return {q, k, v, scales};
@@ -134,9 +134,8 @@ at::Tensor qk_norm_rope_backward_cuda(const at::Tensor& grad_q, const at::Tensor
                                             gv.const_data_ptr<scalar_t>()};
         const QkHeads<const scalar_t> outs{yq.const_data_ptr<scalar_t>(),
                                            yk.const_data_ptr<scalar_t>(), nullptr};
-        with_head_split<scalar_t>(shape, [&](auto vector, auto chunks) {
-          launch(qk_norm_rope_backward_kernel<scalar_t, decltype(vector)::value,
-                                              decltype(chunks)::value>,
+        with_head_split<scalar_t>(shape, [&](auto vector, auto chunks, auto known_width) {
+          launch(qk_norm_rope_backward_kernel<scalar_t, vector, chunks, known_width>,
                  grid_of(tokens), kBlock, 0, grads, outs, scale.const_data_ptr<math_t>(),
                  grad_in.mutable_data_ptr<scalar_t>(), shape);
         });

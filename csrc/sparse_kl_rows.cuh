@@ -25,19 +25,14 @@ struct MergeSparseKlSums {
   }
 };
 
-struct Add {
-  template <typename T>
-  MLR1_HOST_DEVICE T operator()(T a, T b) const {
-    return a + b;
-  }
-};
-
-// Vectors of a row whose marks fit into shared memory: one byte each, a bit for each element.
+// Vectors of a row whose marks fit into shared memory: one byte each, a bit for each element; four of
+// them are a word, which threads change by atomic operations.
 constexpr int kMarkedVectors = 32768;
 
 template <int kVector>
 constexpr int marked_vectors(int width) {
-  return width / kVector < kMarkedVectors ? (width + kVector - 1) / kVector : kMarkedVectors;
+  const int words = (width + 4 * kVector - 1) / (4 * kVector);
+  return 4 * words < kMarkedVectors ? 4 * words : kMarkedVectors;
 }
 
 // Bytes of shared memory of sparse_kl_partials_kernel.
@@ -46,22 +41,21 @@ std::size_t sparse_kl_shared(int width, bool bucket) {
   return kReduceBytes<SparseKlSums<T>, kKlThreads> + (bucket ? marked_vectors<kVector>(width) : 0);
 }
 
-// Marks the target's ids among `count` vectors from column `begin` on. The bits of one vector are
-// set in turns, and threads that meet at the same bit write the same byte: nothing depends on who
-// is first.
+// Marks the target's ids among `count` vectors from column `begin` on.
 template <int kVector>
 __device__ inline void mark_columns(unsigned char* marks, int begin, int count,
                                     const std::int64_t* columns, int num_columns) {
-  for (int at = static_cast<int>(threadIdx.x); at < count; at += kKlThreads) {
-    marks[at] = 0;
+  auto* const words = reinterpret_cast<unsigned*>(marks);
+  for (int at = static_cast<int>(threadIdx.x); 4 * at < count; at += kKlThreads) {
+    words[at] = 0;
   }
-  for (int bit = 0; bit < kVector; ++bit) {
-    __syncthreads();
-    for (int k = static_cast<int>(threadIdx.x); k < num_columns; k += kKlThreads) {
-      const std::int64_t at = columns[k] - begin;
-      if (at >= 0 && at / kVector < count && at % kVector == bit) {
-        marks[at / kVector] |= static_cast<unsigned char>(1u << bit);
-      }
+  __syncthreads();
+  for (int k = static_cast<int>(threadIdx.x); k < num_columns; k += kKlThreads) {
+    const std::int64_t at = columns[k] - begin;
+    if (at >= 0 && at / kVector < count) {
+      const auto vector = static_cast<unsigned>(at / kVector);
+      const auto element = static_cast<unsigned>(at % kVector);
+      atomicOr(words + vector / 4, 1u << (8 * (vector % 4) + element));
     }
   }
   __syncthreads();
@@ -70,16 +64,15 @@ __device__ inline void mark_columns(unsigned char* marks, int begin, int count,
 // Adds a vector to sums; bit k of `marked` is set where the target names element k.
 template <bool kHot, bool kBucket, int kVector, typename scalar_t>
 __device__ inline void add_sparse_kl_vector(SparseKlSums<wide_t<scalar_t>>& sums,
-                                            const Vector<scalar_t, kVector>& vector,
+                                            const Packed<Vector<scalar_t, kVector>>& packed,
                                             unsigned marked,
                                             wide_t<scalar_t> inverse_temperature) {
   using math_t = wide_t<scalar_t>;
-  math_t z[kVector];
+  const auto z = widened(packed);
   math_t top = sums.top;
 #pragma unroll
   for (int k = 0; k < kVector; ++k) {
-    z[k] = static_cast<math_t>(vector.at[k]);
-    top = larger(top, z[k]);
+    top = larger(top, z.at[k]);
   }
   if (top > sums.top) {
     raise_sparse_kl_top<kHot>(sums, top, inverse_temperature);
@@ -87,7 +80,7 @@ __device__ inline void add_sparse_kl_vector(SparseKlSums<wide_t<scalar_t>>& sums
   const math_t base = base_of(sums.top);
 #pragma unroll
   for (int k = 0; k < kVector; ++k) {
-    const math_t apart = z[k] - base;
+    const math_t apart = z.at[k] - base;
     const math_t q = exponential_of_any(apart);
     const math_t hot = kHot ? exponential_of_any(apart * inverse_temperature) : q;
     sums.q += q;
@@ -124,18 +117,18 @@ __global__ void __launch_bounds__(kKlThreads, kKlBlocks<scalar_t>)
       mark_columns<kVector>(marks, begin, count, columns, num_columns);
     }
     int at = static_cast<int>(threadIdx.x);
-    Vector<scalar_t, kVector> next{};
+    Packed<Vector<scalar_t, kVector>> next{};
     if (at < count) {
-      next = vector_at<kVector>(z + begin + at * kVector);
+      next = packed_at<kVector>(z + begin + at * kVector);
     }
     while (at < count) {
-      const auto vector = next;
+      const auto packed = next;
       const unsigned marked = kBucket ? marks[at] : 0;
       at += kKlThreads;
       if (at < count) {
-        next = vector_at<kVector>(z + begin + at * kVector);
+        next = packed_at<kVector>(z + begin + at * kVector);
       }
-      add_sparse_kl_vector<kHot, kBucket>(sums, vector, marked, inverse_temperature);
+      add_sparse_kl_vector<kHot, kBucket>(sums, packed, marked, inverse_temperature);
     }
     if (kBucket) {
       __syncthreads();
@@ -183,7 +176,6 @@ __global__ void __launch_bounds__(kKlThreads, kKlBlocks<scalar_t>)
                               wide_t<scalar_t>* __restrict__ room_CK, std::int64_t rows, int width,
                               int num_columns, wide_t<scalar_t> inverse_temperature, bool bucket) {
   using math_t = wide_t<scalar_t>;
-  using vector_t = Vector<scalar_t, kVector>;
   const std::int64_t row = blockIdx.x;
   scalar_t* const z = logits + row * width;
   const std::int64_t label = labels[row];
@@ -201,9 +193,9 @@ __global__ void __launch_bounds__(kKlThreads, kKlBlocks<scalar_t>)
   __syncthreads();
   overwrite_row<out_t, kVector>(
       z, width,
-      [&](int column) { return vector_at<kVector>(static_cast<const scalar_t*>(z) + column); },
-      [&](int column, int k, const vector_t& vector) {
-        const math_t made = sparse_kl_gradient<kHot>(static_cast<math_t>(vector.at[k]), numbers);
+      [&](int column) { return packed_at<kVector>(static_cast<const scalar_t*>(z) + column); },
+      [&](int column, int k, const Vector<math_t, kVector>& vector) {
+        const math_t made = sparse_kl_gradient<kHot>(vector.at[k], numbers);
         return column == label ? made - numbers.weight : made;
       });
   __syncthreads();
@@ -211,7 +203,7 @@ __global__ void __launch_bounds__(kKlThreads, kKlBlocks<scalar_t>)
   for (int k = static_cast<int>(threadIdx.x); k < num_columns; k += kKlThreads) {
     const std::int64_t column = columns[k];
     if (column >= 0 && column < width) {
-      written[column] = static_cast<out_t>(room[k]);
+      store_together(written + column, static_cast<out_t>(room[k]));
     }
   }
 }

@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kWarp* kSwigluRows)
       out.at[k] = static_cast<scalar_t>(
           swiglu(static_cast<math_t>(gate.at[k]), static_cast<math_t>(up.at[k])));
     }
-    *reinterpret_cast<vector_t*>(y + row * width + column) = out;
+    store_whole(reinterpret_cast<vector_t*>(y + row * width + column), out);
   }
 }
 
@@ -68,8 +68,8 @@ __global__ void __launch_bounds__(kWarp* kSwigluRows)
       grad_gate.at[k] = static_cast<scalar_t>(d.gate);
       grad_up.at[k] = static_cast<scalar_t>(d.up);
     }
-    *reinterpret_cast<vector_t*>(dx + at) = grad_gate;
-    *reinterpret_cast<vector_t*>(dx + at + width) = grad_up;
+    store_whole(reinterpret_cast<vector_t*>(dx + at), grad_gate);
+    store_whole(reinterpret_cast<vector_t*>(dx + at + width), grad_up);
   }
 }
 

@@ -7,6 +7,8 @@
 // of a column.
 #pragma once
 
+#include <c10/util/BFloat16.h>
+
 #include <cstdint>
 
 #include "common/device.h"
@@ -32,12 +34,7 @@ struct Larger {
 
 // *at = max(*at, value), both the bits of numbers that are not negative.
 __device__ inline void raise_to(float* at, std::uint32_t value) {
-#if defined(MLR1_EMULATED)
-  const std::uint32_t most = Larger{}(bits_of(*at), value);
-  std::memcpy(at, &most, sizeof(most));
-#else
   atomicMax(reinterpret_cast<unsigned*>(at), value);
-#endif
 }
 
 template <typename scalar_t>
@@ -60,6 +57,81 @@ __device__ inline Columns<scalar_t> load_columns(const scalar_t* from, std::int6
       loaded.at[k] = k < count ? from[k] : static_cast<scalar_t>(0.0f);
     }
     return loaded;
+  }
+}
+
+// Rounds two numbers to what the plain op would have stored.
+template <typename scalar_t>
+__device__ inline void round_to_stored(float& a, float& b) {
+  a = static_cast<float>(static_cast<scalar_t>(a));
+  b = static_cast<float>(static_cast<scalar_t>(b));
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+// In one instruction: that for one number is of the unit that has the exponentials to do.
+template <>
+__device__ inline void round_to_stored<c10::BFloat16>(float& a, float& b) {
+  unsigned pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(b), "f"(a));
+  a = __uint_as_float(pair << 16);
+  b = __uint_as_float(pair & 0xffff0000u);
+}
+#endif
+
+// The larger one of `largest`, the bits of a number that is not negative, and the bits of |value|;
+// the first where the second is not a number.
+__device__ inline std::uint32_t larger_magnitude(std::uint32_t largest, float value) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_uint(fmaxf(__uint_as_float(largest), fabsf(value)));
+#else
+  return Larger{}(largest, magnitude_of(value));
+#endif
+}
+
+// Devices that convert by an instruction convert two at a time.
+__device__ inline ColumnBytes e4m3_of_columns(const float (&values)[kFp8Columns], float factor) {
+  ColumnBytes bytes;
+#pragma unroll
+  for (unsigned k = 0; k < kFp8Columns; k += 2) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+    const __nv_fp8x2_storage_t pair = __nv_cvt_float2_to_fp8x2(
+        make_float2(values[k] * factor, values[k + 1] * factor), __NV_SATFINITE, __NV_E4M3);
+    memcpy(bytes.at + k, &pair, sizeof(pair));
+#else
+    bytes.at[k] = e4m3_of(values[k] * factor);
+    bytes.at[k + 1] = e4m3_of(values[k + 1] * factor);
+#endif
+  }
+  return bytes;
+}
+
+// Makes words of which number k has byte k of each row.
+__device__ inline void turn_bytes(const ColumnBytes (&rows)[kFp8Rows],
+                                  std::uint32_t (&words)[kFp8Columns]) {
+#pragma unroll
+  for (unsigned half = 0; half < kFp8Columns; half += 4) {
+#if defined(__CUDA_ARCH__)
+    std::uint32_t of[kFp8Rows];
+#pragma unroll
+    for (unsigned r = 0; r < kFp8Rows; ++r) {
+      memcpy(of + r, rows[r].at + half, sizeof(of[r]));
+    }
+    const std::uint32_t low[] = {__byte_perm(of[0], of[1], 0x5140),
+                                 __byte_perm(of[2], of[3], 0x5140)};
+    const std::uint32_t high[] = {__byte_perm(of[0], of[1], 0x7362),
+                                  __byte_perm(of[2], of[3], 0x7362)};
+    words[half] = __byte_perm(low[0], low[1], 0x5410);
+    words[half + 1] = __byte_perm(low[0], low[1], 0x7632);
+    words[half + 2] = __byte_perm(high[0], high[1], 0x5410);
+    words[half + 3] = __byte_perm(high[0], high[1], 0x7632);
+#else
+    for (unsigned k = half; k < half + 4; ++k) {
+      words[k] = 0;
+      for (unsigned r = 0; r < kFp8Rows; ++r) {
+        words[k] |= static_cast<std::uint32_t>(rows[r].at[k]) << (8 * r);
+      }
+    }
+#endif
   }
 }
 
@@ -96,32 +168,40 @@ __global__ void __launch_bounds__(kFp8Threads)
 #pragma unroll
   for (unsigned word = threadIdx.x / (kFp8Tile / kFp8Columns); word < kFp8Words; word += kStep) {
     const std::int64_t row = row_begin + word * kFp8Rows;
-    std::uint32_t words[kFp8Columns] = {};
+    ColumnBytes bytes[kFp8Rows] = {};
 #pragma unroll
     for (unsigned r = 0; r < kFp8Rows; ++r) {
       if (count > 0 && row + r < rows) {
         const scalar_t* const in = x + (row + r) * 2 * width + column;
         const Columns<scalar_t> gate = load_columns<whole>(in, count);
         const Columns<scalar_t> up = load_columns<whole>(in + width, count);
-        ColumnBytes bytes;
+        float values[kFp8Columns];
 #pragma unroll
         for (unsigned k = 0; k < kFp8Columns; ++k) {
-          const float value = swiglu_stored(gate.at[k], up.at[k]);
-          largest = Larger{}(largest, magnitude_of(value));
-          bytes.at[k] = e4m3_of(value * factor);
-          words[k] |= static_cast<std::uint32_t>(bytes.at[k]) << (8 * r);
+          values[k] = swiglu<float>(static_cast<float>(gate.at[k]), static_cast<float>(up.at[k]));
+        }
+#pragma unroll
+        for (unsigned k = 0; k < kFp8Columns; k += 2) {
+          round_to_stored<scalar_t>(values[k], values[k + 1]);
+        }
+        bytes[r] = e4m3_of_columns(values, factor);
+#pragma unroll
+        for (unsigned k = 0; k < kFp8Columns; ++k) {
+          largest = larger_magnitude(largest, values[k]);
         }
         std::uint8_t* const out = y + (row + r) * width + column;
         if constexpr (whole) {
-          *reinterpret_cast<ColumnBytes*>(out) = bytes;
+          store_whole(reinterpret_cast<ColumnBytes*>(out), bytes[r]);
         } else {
           for (unsigned k = 0; k < kFp8Columns && k < count; ++k) {
-            out[k] = bytes.at[k];
+            out[k] = bytes[r].at[k];
           }
         }
       }
     }
     if (yt != nullptr) {
+      std::uint32_t words[kFp8Columns];
+      turn_bytes(bytes, words);
 #pragma unroll
       for (unsigned k = 0; k < kFp8Columns; ++k) {
         tile[word_at(group * kFp8Columns + k, word)] = words[k];
@@ -130,18 +210,20 @@ __global__ void __launch_bounds__(kFp8Threads)
   }
   if (yt != nullptr) {
     __syncthreads();
+    constexpr unsigned kWarps = kFp8Threads / kWarp;
     const unsigned lane = threadIdx.x % kWarp;
     const std::int64_t row = row_begin + lane * kFp8Rows;
-    for (unsigned k = threadIdx.x / kWarp; k < kFp8Tile; k += kFp8Threads / kWarp) {
-      if (column_begin + k < width && row < rows) {
-        const std::uint32_t word = tile[word_at(k, lane)];
-        std::uint8_t* const out = yt + (column_begin + k) * rows + row;
-        if constexpr (whole) {
-          *reinterpret_cast<std::uint32_t*>(out) = word;
-        } else {
-          for (unsigned r = 0; r < kFp8Rows && row + r < rows; ++r) {
-            out[r] = static_cast<std::uint8_t>(word >> (8 * r));
-          }
+    const std::int64_t left = width - column_begin;
+    const unsigned end = row >= rows ? 0 : left < kFp8Tile ? static_cast<unsigned>(left) : kFp8Tile;
+    unsigned k = threadIdx.x / kWarp;
+    std::uint8_t* out = yt + (column_begin + k) * rows + row;
+    for (; k < end; k += kWarps, out += kWarps * rows) {
+      const std::uint32_t word = tile[word_at(k, lane)];
+      if constexpr (whole) {
+        *reinterpret_cast<std::uint32_t*>(out) = word;
+      } else {
+        for (unsigned r = 0; r < kFp8Rows && row + r < rows; ++r) {
+          out[r] = static_cast<std::uint8_t>(word >> (8 * r));
         }
       }
     }

@@ -14,6 +14,7 @@
 
 #include <cstddef>
 #include <cstring>
+#include <type_traits>
 
 #if defined(MLR1_EMULATED)
 
@@ -56,6 +57,14 @@ __device__ inline unsigned cluster_size() {
 __device__ inline void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   __cluster_barrier_arrive();
+#endif
+}
+
+// The first half, of a thread that has written nothing yet that another block reads: it says that this
+// block has begun, without the fence of the other.
+__device__ inline void cluster_arrive_unwritten() {
+#if __CUDA_ARCH__ >= 900
+  __cluster_barrier_arrive_relaxed();
 #endif
 }
 
@@ -104,14 +113,40 @@ struct Word<16> {
   using type = uint4;
 };
 
-// Loads and stores of 2, 4, 8 or 16 bytes that no cache need keep.
+// A T of 2, 4, 8 or 16 bytes as it lies in registers. Compilers take a T itself apart, element by
+// element, where a branch or a loop decides which one it is, and join it again; a word they leave.
+template <typename T>
+struct Packed {
+  typename Word<sizeof(T)>::type word;
+
+  __device__ T value() const {
+    T value;
+    memcpy(&value, &word, sizeof(T));
+    return value;
+  }
+};
+
+template <typename T>
+__device__ inline Packed<T> packed_of(const T& value) {
+  Packed<T> packed;
+  memcpy(&packed.word, &value, sizeof(T));
+  return packed;
+}
+
+// Loads and stores of 2, 4, 8 or 16 bytes, of which no cache need keep the streaming ones.
+template <typename T>
+__device__ inline Packed<T> load_packed(const T* from) {
+  return {*reinterpret_cast<const typename Word<sizeof(T)>::type*>(from)};
+}
+
+template <typename T>
+__device__ inline Packed<T> load_packed_streaming(const T* from) {
+  return {__ldcs(reinterpret_cast<const typename Word<sizeof(T)>::type*>(from))};
+}
+
 template <typename T>
 __device__ inline T load_streaming(const T* from) {
-  using word_t = typename Word<sizeof(T)>::type;
-  const word_t word = __ldcs(reinterpret_cast<const word_t*>(from));
-  T value;
-  memcpy(&value, &word, sizeof(T));
-  return value;
+  return load_packed_streaming(from).value();
 }
 
 template <typename T>
@@ -120,6 +155,67 @@ __device__ inline void store_streaming(T* to, const T& value) {
   word_t word;
   memcpy(&word, &value, sizeof(T));
   __stcs(reinterpret_cast<word_t*>(to), word);
+}
+
+// A store of 2, 4 or 8 bytes that several threads may do at a time, of the same value.
+template <typename T>
+__device__ inline void store_together(T* to, const T& value) {
+  using word_t =
+      std::conditional_t<sizeof(T) == 2, unsigned short,
+                         std::conditional_t<sizeof(T) == 4, unsigned, unsigned long long>>;
+  static_assert(sizeof(T) == sizeof(word_t), "2, 4 or 8 bytes");
+  word_t word;
+  memcpy(&word, &value, sizeof(T));
+  *reinterpret_cast<volatile word_t*>(to) = word;
+}
+
+// A store of 2, 4, 8 or 16 bytes to global memory in one instruction: of `*to = value` compilers make
+// several narrower ones where the value was made element by element.
+template <typename T>
+__device__ inline void store_whole(T* to, const T& value) {
+  using word_t = typename Word<sizeof(T)>::type;
+  word_t word;
+  memcpy(&word, &value, sizeof(T));
+  if constexpr (sizeof(T) == 16) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+                 "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w)
+                 : "memory");
+  } else {
+    *reinterpret_cast<word_t*>(to) = word;
+  }
+}
+
+#else
+
+inline void cluster_arrive_unwritten(int line = __builtin_LINE()) {
+  emulator::Machine::get().cluster_arrive(line, false);
+}
+
+template <typename T>
+struct Packed {
+  T word;
+
+  T value() const { return word; }
+};
+
+template <typename T>
+Packed<T> packed_of(const T& value) {
+  return {value};
+}
+
+template <typename T>
+Packed<T> load_packed(const T* from) {
+  return {*from};
+}
+
+template <typename T>
+Packed<T> load_packed_streaming(const T* from) {
+  return {load_streaming(from)};
+}
+
+template <typename T>
+void store_whole(T* to, const T& value) {
+  *to = value;
 }
 
 #endif

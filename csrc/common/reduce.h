@@ -2,12 +2,38 @@
 // same values give the same bits on every run, and every thread gets the same bits.
 //
 // `merge(a, b)` takes and gives a T, any struct of 4-byte words; it must be associative up to
-// rounding, and it is always given the value of the lower threads first.
+// rounding, and it is always given the value of the lower threads first. A merge that has a shorter
+// way over groups of lanes than pair by pair has, in place of that, over_lanes<width>(value), and
+// none(): a T that changes nothing.
 #pragma once
 
+#include <type_traits>
+#include <utility>
+
 #include "common/device.h"
+#include "common/math.h"
 
 namespace mlr1 {
+
+struct Add {
+  template <typename T>
+  __device__ T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+
+struct Largest {
+  template <typename T>
+  __device__ T operator()(T a, T b) const {
+    return larger(a, b);
+  }
+};
+
+template <typename Merge, typename = void>
+constexpr bool kKnowsLanes = false;
+template <typename Merge>
+constexpr bool kKnowsLanes<Merge, std::void_t<decltype(std::declval<const Merge&>().none())>> =
+    true;
 
 template <typename T>
 __device__ inline T exchange_xor(const T& value, unsigned lanes) {
@@ -27,12 +53,16 @@ __device__ inline T exchange_xor(const T& value, unsigned lanes) {
 template <unsigned width = kWarp, typename T, typename Merge>
 __device__ inline T warp_reduce(T value, const Merge& merge) {
   static_assert(width >= 1 && width <= kWarp && (width & (width - 1)) == 0, "a power of two");
+  if constexpr (kKnowsLanes<Merge>) {
+    return merge.template over_lanes<width>(value);
+  } else {
 #pragma unroll
-  for (unsigned lanes = 1; lanes < width; lanes *= 2) {
-    const T other = exchange_xor(value, lanes);
-    value = (threadIdx.x & lanes) ? merge(other, value) : merge(value, other);
+    for (unsigned lanes = 1; lanes < width; lanes *= 2) {
+      const T other = exchange_xor(value, lanes);
+      value = (threadIdx.x & lanes) ? merge(other, value) : merge(value, other);
+    }
+    return value;
   }
-  return value;
 }
 
 // Bytes of shared memory that block_reduce() of a T needs.
@@ -57,9 +87,10 @@ __device__ inline T block_reduce(T value, const Merge& merge, void* scratch) {
   return value;
 }
 
-// Bytes of shared memory that cluster_reduce() of a T needs: a place for each of at most 16 blocks.
+// Bytes of shared memory that cluster_reduce() of a T needs: a place for each block.
+constexpr unsigned kMostBlocks = 16;
 template <typename T>
-constexpr std::size_t kClusterReduceBytes = sizeof(T) * 16;
+constexpr std::size_t kClusterReduceBytes = sizeof(T) * kMostBlocks;
 
 // Over the blocks of a cluster, of a value that all threads of a block have. Every block must have
 // started (cluster_sync() once before). `scratch` has kClusterReduceBytes, aligned for T; it may be
@@ -71,11 +102,16 @@ __device__ inline T cluster_reduce(T value, const Merge& merge, void* scratch) {
     *cluster_shared(of_rank + cluster_rank(), threadIdx.x) = value;
   }
   cluster_sync();
-  value = of_rank[0];
-  for (unsigned rank = 1; rank < cluster_size(); ++rank) {
-    value = merge(value, of_rank[rank]);
+  if constexpr (kKnowsLanes<Merge>) {
+    const unsigned rank = threadIdx.x % kMostBlocks;
+    return warp_reduce<kMostBlocks>(rank < cluster_size() ? of_rank[rank] : merge.none(), merge);
+  } else {
+    value = of_rank[0];
+    for (unsigned rank = 1; rank < cluster_size(); ++rank) {
+      value = merge(value, of_rank[rank]);
+    }
+    return value;
   }
-  return value;
 }
 
 }  // namespace mlr1

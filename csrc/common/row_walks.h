@@ -5,52 +5,47 @@
 #include <type_traits>
 
 #include "common/device.h"
+#include "common/packed.h"
 #include "common/vector.h"
 
 namespace mlr1 {
 
 template <typename scalar_t, int kVector>
 struct VectorPair {
-  Vector<scalar_t, kVector> z;
-  Vector<scalar_t, kVector> t;
+  Packed<Vector<scalar_t, kVector>> z;
+  Packed<Vector<scalar_t, kVector>> t;
 };
-
-template <int kVector, typename scalar_t>
-__device__ inline Vector<scalar_t, kVector> vector_at(const scalar_t* from) {
-  return *reinterpret_cast<const Vector<scalar_t, kVector>*>(from);
-}
-
-template <int kVector, typename scalar_t>
-__device__ inline Vector<scalar_t, kVector> vector_seen_once(const scalar_t* from) {
-  return load_streaming(reinterpret_cast<const Vector<scalar_t, kVector>*>(from));
-}
 
 // A function that loads the vectors of both rows from a column on.
 template <int kVector, typename scalar_t>
 __device__ inline auto loads_of(const scalar_t* z, const scalar_t* t) {
   return [=](int column) {
-    return VectorPair<scalar_t, kVector>{vector_at<kVector>(z + column),
-                                         vector_at<kVector>(t + column)};
+    return VectorPair<scalar_t, kVector>{packed_at<kVector>(z + column),
+                                         packed_at<kVector>(t + column)};
   };
 }
 
 // Calls visit(column, load(column)) for this thread's columns of [begin, end), in ascending order;
-// load gives the vectors of both that begin there.
-template <int kVector, unsigned kThreads, typename Load, typename Visit>
+// load gives the vectors of both that begin there. kMany of them are under way together.
+template <int kVector, unsigned kThreads, int kMany, typename Load, typename Visit>
 __device__ inline void walk_pair(int begin, int end, const Load& load, const Visit& visit) {
+  constexpr int kStride = static_cast<int>(kThreads) * kVector;
+  using Loaded = decltype(load(0));
   int column = begin + static_cast<int>(threadIdx.x) * kVector;
-  if (column >= end) {
-    return;
-  }
-  auto next = load(column);
-  while (column < end) {
-    const auto pair = next;
-    const int behind = column + static_cast<int>(kThreads) * kVector;
-    if (behind < end) {
-      next = load(behind);
+  for (; column < end; column += kMany * kStride) {
+    Loaded loaded[kMany];
+#pragma unroll
+    for (int u = 0; u < kMany; ++u) {
+      if (u == 0 || column + u * kStride < end) {
+        loaded[u] = load(column + u * kStride);
+      }
     }
-    visit(column, pair);
-    column = behind;
+#pragma unroll
+    for (int u = 0; u < kMany; ++u) {
+      if (u == 0 || column + u * kStride < end) {
+        visit(column + u * kStride, loaded[u]);
+      }
+    }
   }
 }
 
@@ -89,10 +84,11 @@ __device__ inline void overwrite_columns(scalar_t* row, int start, int end, bool
     for (int u = 0; u < kUnrolled; ++u) {
       const int column = first + u * static_cast<int>(kThreads) * kVector;
       if (column < end) {
+        const auto wide = widened(loaded[u]);
         Vector<out_t, kVector> made;
 #pragma unroll
         for (int k = 0; k < kVector; ++k) {
-          made.at[k] = static_cast<out_t>(element(column + k, k, loaded[u]));
+          made.at[k] = static_cast<out_t>(element(column + k, k, wide));
         }
         store_streaming(reinterpret_cast<Vector<out_t, kVector>*>(out + column), made);
       }

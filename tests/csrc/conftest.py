@@ -23,11 +23,15 @@ HOST_CODE = HERE / "host_code.cpp"
 BUILT = HERE.parents[1] / "build" / "emulated"
 TORCH = Path(torch.__file__).parent
 FLAGS = shlex.split(
-    "-std=c++20 -O1 -g0 -shared -fPIC -fvisibility=hidden -fno-gnu-unique -DMLR1_EMULATED "
+    "-std=c++20 -O1 -g1 -shared -fPIC -fvisibility=hidden -fno-gnu-unique "
+    "-DMLR1_EMULATED -U_FORTIFY_SOURCE "
     "-Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-attributes "
     "-fsanitize=alignment,shift,signed-integer-overflow,bounds,null "
     "-fsanitize-undefined-trap-on-error"
 )
+# Each access to memory becomes a call, which memory_accesses.h answers instead of GCC's library.
+WATCHED = shlex.split("-fsanitize=thread --param=tsan-instrument-func-entry-exit=0")
+LIBRARIES = shlex.split("-nodefaultlibs -lstdc++ -lm -lgcc_s -lgcc -lc")
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +73,7 @@ def host_code(library: Callable[[Path], Path]) -> Callable[[str], HostCode]:
 
 
 def _library(source: Path, compiler: list[str]) -> Path:
-    words = [*compiler, *FLAGS]
+    words = [*compiler, *FLAGS, *WATCHED]
     if source.suffix == ".cu":
         # Stand-ins for CUDA's headers come before those of torch that have their names.
         words += [f"-I{CUDA_HOST}", f'-DMLR1_SOURCE="{source.name}"']
@@ -79,6 +83,7 @@ def _library(source: Path, compiler: list[str]) -> Path:
         words += [f"-L{TORCH / 'lib'}", "-lc10", "-ltorch_cpu"]
     else:
         words += [str(source)]
+    words += LIBRARIES
     version = [torch.__version__, *words]
     digest = hashlib.sha256(b"\0".join([*_texts(source), *map(str.encode, version)])).hexdigest()
     library = BUILT / f"{source.stem}-{source.suffix[1:]}-{digest[:16]}.so"

@@ -5,11 +5,19 @@
 //
 // Every thread is a fiber with a stack of its own; the blocks of a cluster run together, clusters
 // one after the other. A fiber runs until it waits for others, and warps run as far ahead of each
-// other as barriers let them, in an order that the caller chooses: a missing barrier gives another
-// result in some order. What ends in a message instead of a hang or a crash:
+// other as barriers let them, in an order that the caller chooses. What ends in a message instead of
+// a hang, a crash or a result that is right by chance:
 //   - a barrier or a shuffle that some thread never reaches, or reaches at another line;
 //   - an access before or behind a buffer of mlr1_allocate() or behind shared memory, or to the
 //     shared memory of a block that has not begun or has ended;
+//   - a race, in whatever order threads run: two accesses to a byte of a buffer or of shared memory,
+//     one of them a write, that no barrier orders. Threads of a warp are ordered by __syncwarp(), of
+//     a block by __syncthreads(), of a cluster by its barrier, from cluster_arrive() of one to
+//     cluster_wait() of the other; a shuffle orders nothing, and nothing orders two clusters. Atomic
+//     operations are no races with each other (race_detector.h);
+//   - a read of shared memory that no thread of the block or its cluster wrote;
+//   - an access to another block's shared memory without a barrier of the cluster before it, by which
+//     that block has begun, and one after it, before which it has not ended; in every order, too;
 //   - a misaligned vector and other undefined behaviour (GCC's -fsanitize, with traps).
 // Shared memory begins as bytes of 0xff, which are not a number.
 #pragma once
@@ -26,6 +34,7 @@
 
 #include "fenced_memory.h"
 #include "fiber_machine.h"
+#include "memory_accesses.h"
 
 #define __global__
 #define __device__
@@ -74,7 +83,7 @@ inline void __syncthreads(int line = __builtin_LINE()) {
 }
 
 inline void __syncwarp(unsigned = 0xffffffffu, int line = __builtin_LINE()) {
-  mlr1::emulator::Machine::get().meet_warp("__syncwarp()", line);
+  mlr1::emulator::Machine::get().meet_warp(line);
 }
 
 template <typename T>
@@ -95,6 +104,23 @@ T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32,
   auto& machine = mlr1::emulator::Machine::get();
   const unsigned source = machine.lane() + by < 32 ? machine.lane() + by : machine.lane();
   return machine.shuffle(mask, value, source, width, "__shfl_down_sync()", line);
+}
+
+// *at = merge(*at, value), indivisible: no race with others of its kind.
+template <typename T, typename Merge>
+MLR1_UNWATCHED T atomic_update(T* at, T value, const Merge& merge) {
+  mlr1::emulator::RaceDetector::get().touch<mlr1::emulator::Access::atomic>(at, sizeof(T));
+  const T before = *at;
+  *at = merge(before, value);
+  return before;
+}
+
+inline unsigned atomicMax(unsigned* at, unsigned value) {
+  return atomic_update(at, value, [](unsigned a, unsigned b) { return a < b ? b : a; });
+}
+
+inline unsigned atomicOr(unsigned* at, unsigned value) {
+  return atomic_update(at, value, [](unsigned a, unsigned b) { return a | b; });
 }
 
 #define MLR1_SHARED(name) \
@@ -130,6 +156,11 @@ T load_streaming(const T* from) {
 template <typename T>
 void store_streaming(T* to, const T& value) {
   *to = value;
+}
+
+template <typename T>
+void store_together(T* to, const T& value) {
+  atomic_update(to, value, [](const T&, const T& stored) { return stored; });
 }
 
 }  // namespace mlr1

@@ -2,13 +2,17 @@
 #include "common/device.h"
 #include "common/reduce.h"
 #include "common/vector.h"
+#include "racing_kernels.h"
 
 #include <cstdint>
 
 namespace {
 
+using mlr1::emulator::kRacers;
 using mlr1::emulator::launch;
 using mlr1::emulator::message_of;
+using mlr1::emulator::orderly;
+using mlr1::emulator::racing;
 
 constexpr unsigned kThreads = 128;
 
@@ -30,17 +34,19 @@ void reduce(const float* x, float* out) {
   mlr1::cluster_arrive();
   float* const of_rank = reinterpret_cast<float*>(shared);
   const unsigned block = blockIdx.x;
+  float of_block = 0;
   for (unsigned round = 0; round < 2; ++round) {
     const float value = x[block * kThreads + threadIdx.x];
     const float sum = mlr1::block_reduce<kThreads>(value, Sum{}, of_rank + 16);
     const First first = mlr1::block_reduce<kThreads>(First{value, 1}, first_of, of_rank + 16);
     if (first.value == x[block * kThreads] && first.count == kThreads) {
-      out[block] = sum;
+      of_block = sum;
     }
   }
   mlr1::cluster_wait();
-  const float total = mlr1::cluster_reduce(out[block], Sum{}, of_rank);
+  const float total = mlr1::cluster_reduce(of_block, Sum{}, of_rank);
   if (threadIdx.x == kThreads - 1) {
+    out[block] = of_block;
     out[gridDim.x + block] = total;
   }
 }
@@ -107,6 +113,7 @@ void faulty(std::int64_t fault, const float* x, float* out, std::int64_t count) 
       reinterpret_cast<Four*>(out)[0] = *reinterpret_cast<const Four*>(x + 1);
       return;
     case 7:  // shared memory of a block that may have ended
+      values[thread] = x[thread];
       mlr1::cluster_sync();
       if (mlr1::cluster_rank() == 1) {
         out[thread] = *mlr1::cluster_shared(values + thread, 0);
@@ -147,6 +154,22 @@ MLR1_ENTRY const char* run_turn_round(const float* x, float* out, std::int64_t w
 MLR1_ENTRY const char* run_reuse_without_barrier(const float* x, float* out, std::int64_t order) {
   return message_of([&] {
     launch({}, {kThreads, 1, 1}, 1, 16, order, [&] { reuse_without_barrier(x, out); });
+  });
+}
+
+MLR1_ENTRY const char* run_racing(std::int64_t fault, const float* x, float* out,
+                                  std::int64_t blocks, std::int64_t cluster, std::int64_t order) {
+  return message_of([&] {
+    launch({static_cast<unsigned>(blocks), 1, 1}, {kRacers, 1, 1}, static_cast<unsigned>(cluster),
+           2 * kRacers * sizeof(float), order, [&] { racing(fault, x, out); });
+  });
+}
+
+MLR1_ENTRY const char* run_orderly(std::int64_t way, const float* x, float* out, unsigned* marks,
+                                   std::int64_t blocks, std::int64_t cluster, std::int64_t order) {
+  return message_of([&] {
+    launch({static_cast<unsigned>(blocks), 1, 1}, {kRacers, 1, 1}, static_cast<unsigned>(cluster),
+           2 * kRacers * sizeof(float), order, [&] { orderly(way, x, out, marks); });
   });
 }
 

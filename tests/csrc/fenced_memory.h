@@ -16,6 +16,8 @@
 #include <string>
 #include <vector>
 
+#include "watched_memory.h"
+
 namespace mlr1::emulator {
 
 inline std::size_t page_bytes() { return static_cast<std::size_t>(sysconf(_SC_PAGESIZE)); }
@@ -23,18 +25,16 @@ inline std::size_t page_bytes() { return static_cast<std::size_t>(sysconf(_SC_PA
 // Its end lies at the second page, up to the rest that the alignment of its begin leaves.
 class Fenced {
  public:
-  explicit Fenced(std::size_t bytes, std::size_t alignment = 16) : bytes_(bytes) {
+  explicit Fenced(std::size_t bytes, std::size_t alignment = 16, bool shared = false)
+      : bytes_(bytes), shared_(shared) {
     inner_ = (bytes + alignment + page_bytes() - 1) / page_bytes() * page_bytes();
-    void* const all = mmap(nullptr, inner_ + 2 * page_bytes(), PROT_NONE,
-                           MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (all == MAP_FAILED) {
-      throw std::runtime_error("no memory for a buffer between fences");
-    }
-    first_ = static_cast<unsigned char*>(all) + page_bytes();
+    first_ = WatchedMemory::get().take(inner_ + 2 * page_bytes(), shared) + page_bytes();
     begin_ = first_ + (inner_ - bytes) / alignment * alignment;
     open(true);
   }
-  ~Fenced() { munmap(first_ - page_bytes(), inner_ + 2 * page_bytes()); }
+  ~Fenced() {
+    WatchedMemory::get().give_back(first_ - page_bytes(), inner_ + 2 * page_bytes(), shared_);
+  }
   Fenced(const Fenced&) = delete;
   Fenced& operator=(const Fenced&) = delete;
 
@@ -47,6 +47,7 @@ class Fenced {
 
  private:
   std::size_t bytes_;
+  bool shared_;
   std::size_t inner_;
   unsigned char* first_;
   unsigned char* begin_;

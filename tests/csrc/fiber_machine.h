@@ -1,8 +1,6 @@
 // The machine of cuda_on_cpu.h: threads of a kernel as fibers, and where they wait for each other.
 #pragma once
 
-#include <ucontext.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -15,26 +13,13 @@
 #include <vector>
 
 #include "fenced_memory.h"
+#include "fiber.h"
+#include "race_detector.h"
+#include "thread_order.h"
 
-struct dim3 {
-  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
-
-  unsigned x, y, z;
-};
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace mlr1::emulator {
-
-inline std::string text_of(const dim3& at) {
-  return "(" + std::to_string(at.x) + ", " + std::to_string(at.y) + ", " + std::to_string(at.z) +
-         ")";
-}
-
-inline dim3 place_in(const dim3& extent, std::uint64_t number) {
-  return {static_cast<unsigned>(number % extent.x),
-          static_cast<unsigned>(number / extent.x % extent.y),
-          static_cast<unsigned>(number / extent.x / extent.y)};
-}
 
 // Where threads wait for each other, once and again.
 struct Meeting {
@@ -58,15 +43,16 @@ struct Block {
 
 struct Warp {
   Block* block = nullptr;
-  unsigned begin = 0;  // its threads among the fibers
+  unsigned begin = 0;  // its threads among all
   unsigned end = 0;
   Meeting meeting;
   // Two sets, as a lane may reach the next shuffle while another has yet to read this one's.
   std::uint64_t slots[2][32] = {};
 };
 
-struct Fiber {
-  ucontext_t context;
+struct Thread {
+  Fiber fiber;
+  Runner runner;
   dim3 index;
   unsigned lane = 0;
   Warp* warp = nullptr;
@@ -74,6 +60,7 @@ struct Fiber {
   const Meeting* waits = nullptr;
   unsigned generation = 0;  // of the meeting that it waits for
   bool has_arrived = false;  // at the cluster's barrier, between its two halves
+  bool publishes = true;  // what it wrote before, by that barrier
   unsigned cluster_generation = 0;
 };
 
@@ -101,8 +88,9 @@ class Machine {
     std::iota(clusters.begin(), clusters.end(), 0);
     arrange(clusters);
     const Faults faults;
+    races().begin_launch(grid, block, cluster);
     for (const std::uint64_t index : clusters) {
-      prepare(index * cluster, cluster, shared_bytes);
+      prepare(index, cluster, shared_bytes);
       run();
     }
   }
@@ -115,17 +103,26 @@ class Machine {
     wait(meeting, generation);
   }
 
-  void meet_warp(const char* call, int line) { meet(current_->warp->meeting, call, line); }
+  void meet_warp(int line) {
+    meet(current_->warp->meeting, "__syncwarp()", line);
+    races().pass(&Moment::warp_barriers, line);
+  }
 
-  void meet_block(int line) { meet(block().barrier, "__syncthreads()", line); }
+  void meet_block(int line) {
+    meet(block().barrier, "__syncthreads()", line);
+    races().pass(&Moment::block_barriers, line);
+  }
 
-  void cluster_arrive(int line) {
+  // `publishes`: whether it orders memory, or only tells that all blocks have begun.
+  void cluster_arrive(int line, bool publishes = true) {
     if (current_->has_arrived) {
       fail("cluster_arrive() twice without cluster_wait()");
     }
     current_->has_arrived = true;
+    current_->publishes = publishes;
     current_->cluster_generation = cluster_barrier_.generation;
     arrive(cluster_barrier_, "a barrier of the cluster", line);
+    races().pass(&Moment::cluster_arrivals, line);
   }
 
   void cluster_wait() {
@@ -134,6 +131,7 @@ class Machine {
     }
     wait(cluster_barrier_, current_->cluster_generation);
     current_->has_arrived = false;
+    races().pass_cluster(current_->publishes);
   }
 
   template <typename T>
@@ -146,7 +144,7 @@ class Machine {
     }
     std::uint64_t(&slots)[32] = warp.slots[warp.meeting.generation % 2];
     std::memcpy(&slots[current_->lane], &value, sizeof(T));
-    meet_warp(call, line);
+    meet(warp.meeting, call, line);
     std::memcpy(&value, &slots[source % 32], sizeof(T));
     return value;
   }
@@ -161,20 +159,20 @@ class Machine {
     return blocks_[other].shared->begin() + (at - own.begin());
   }
 
+  [[noreturn]] void fail(const std::string& message) {
+    error_ = message;
+    for (;;) {
+      current_->fiber.give_way();
+    }
+  }
+
   Block& block() { return *current_->warp->block; }
   unsigned lane() const { return current_->lane; }
   unsigned rank() { return static_cast<unsigned>(&block() - blocks_.data()); }
   unsigned num_blocks() const { return static_cast<unsigned>(blocks_.size()); }
 
  private:
-  static constexpr std::size_t kStackBytes = std::size_t{1} << 16;
-
-  [[noreturn]] void fail(const std::string& message) {
-    error_ = message;
-    for (;;) {
-      swapcontext(&current_->context, &scheduler_);
-    }
-  }
+  static RaceDetector& races() { return RaceDetector::get(); }
 
   void arrive(Meeting& meeting, const char* call, int line) {
     if (meeting.arrived == 0) {
@@ -191,11 +189,11 @@ class Machine {
   }
 
   void wait(const Meeting& meeting, unsigned generation) {
-    Fiber& self = *current_;
+    Thread& self = *current_;
     self.waits = &meeting;
     self.generation = generation;
     while (meeting.generation == generation) {
-      swapcontext(&self.context, &scheduler_);
+      current_->fiber.give_way();
     }
     self.waits = nullptr;
   }
@@ -209,23 +207,25 @@ class Machine {
     }
   }
 
-  void prepare(std::uint64_t first_block, unsigned cluster, std::size_t shared_bytes) {
+  void prepare(std::uint64_t index, unsigned cluster, std::size_t shared_bytes) {
     const unsigned threads = blockDim.x * blockDim.y * blockDim.z;
     const unsigned warps = (threads + 31) / 32;
     error_.clear();
     blocks_ = std::vector<Block>(cluster);
     warps_ = std::vector<Warp>(std::size_t{cluster} * warps);
-    fibers_.resize(std::size_t{cluster} * threads);
-    stacks_.resize(std::max(stacks_.size(), fibers_.size()));
+    threads_.resize(std::size_t{cluster} * threads);
+    stacks_.resize(std::max(stacks_.size(), threads_.size()));
     cluster_barrier_ = Meeting{};
     cluster_barrier_.expected = cluster * threads;
+    races().begin_cluster();
     for (unsigned rank = 0; rank < cluster; ++rank) {
       Block& block = blocks_[rank];
-      block.index = place_in(gridDim, first_block + rank);
+      block.index = place_in(gridDim, index * cluster + rank);
       block.threads = block.barrier.expected = threads;
-      block.shared = std::make_unique<Fenced>(shared_bytes);
+      block.shared = std::make_unique<Fenced>(shared_bytes, 16, true);
       std::memset(block.shared->begin(), 0xff, shared_bytes);
       block.shared->open(false);
+      races().add_block(*block.shared);
       for (unsigned thread = 0; thread < threads; ++thread) {
         Warp& warp = warps_[std::size_t{rank} * warps + thread / 32];
         const unsigned number = rank * threads + thread;
@@ -235,31 +235,32 @@ class Machine {
         }
         warp.end = number + 1;
         ++warp.meeting.expected;
-        prepare_fiber(number, thread, warp);
+        prepare_thread(number, thread, warp);
+        Moment& begin = threads_[number].runner = {};
+        begin.cluster = static_cast<unsigned>(index);
+        begin.block = rank;
+        begin.warp = static_cast<unsigned>(&warp - warps_.data());
+        begin.thread = number;
       }
     }
   }
 
-  void prepare_fiber(unsigned number, unsigned thread, Warp& warp) {
+  void prepare_thread(unsigned number, unsigned of_block, Warp& warp) {
     if (!stacks_[number]) {
-      stacks_[number].reset(new unsigned char[kStackBytes]);
+      stacks_[number].reset(new unsigned char[Fiber::kStackBytes]);
     }
-    Fiber& fiber = fibers_[number];
-    fiber.index = place_in(blockDim, thread);
-    fiber.lane = thread % 32;
-    fiber.warp = &warp;
-    fiber.ended = fiber.has_arrived = false;
-    fiber.waits = nullptr;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = stacks_[number].get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, [] { get().run_thread(); }, 0);
+    Thread& thread = threads_[number];
+    thread.index = place_in(blockDim, of_block);
+    thread.lane = of_block % 32;
+    thread.warp = &warp;
+    thread.ended = thread.has_arrived = false;
+    thread.waits = nullptr;
+    thread.fiber.prepare(stacks_[number].get(), [] { get().run_thread(); });
   }
 
   [[noreturn]] void run_thread() {
     (*body_)();
-    Fiber& self = *current_;
+    Thread& self = *current_;
     if (self.has_arrived) {
       fail("a thread ends between cluster_arrive() and cluster_wait()");
     }
@@ -268,7 +269,7 @@ class Machine {
       block().shared->open(false);
     }
     for (;;) {
-      swapcontext(&self.context, &scheduler_);
+      current_->fiber.give_way();
     }
   }
 
@@ -279,14 +280,19 @@ class Machine {
     }
     arrange(line_up_);
     if (sigsetjmp(Faults::landing, 1) != 0) {
+      races().run_as(nullptr);
       throw std::runtime_error(Faults::story() + here());
     }
     while (run_warps()) {
     }
-    for (const Fiber& fiber : fibers_) {
-      if (!fiber.ended) {
+    for (const Thread& thread : threads_) {
+      if (!thread.ended) {
         throw std::runtime_error(story_of_the_stuck());
       }
+    }
+    const std::string late = races().late_visit();
+    if (!late.empty()) {
+      throw std::runtime_error(late);
     }
   }
 
@@ -313,26 +319,28 @@ class Machine {
     arrange(lanes_);
     bool progress = false;
     for (const unsigned lane : lanes_) {
-      Fiber& fiber = fibers_[lane];
-      const bool waits = fiber.waits != nullptr && fiber.waits->generation == fiber.generation;
-      if (!fiber.ended && !waits) {
-        resume(fiber);
+      Thread& thread = threads_[lane];
+      const bool waits = thread.waits != nullptr && thread.waits->generation == thread.generation;
+      if (!thread.ended && !waits) {
+        resume(thread);
         progress = true;
       }
     }
     return progress;
   }
 
-  void resume(Fiber& fiber) {
-    Block& block = *fiber.warp->block;
+  void resume(Thread& thread) {
+    Block& block = *thread.warp->block;
     if (!block.begun) {
       block.begun = true;
       block.shared->open(true);
     }
-    current_ = &fiber;
-    threadIdx = fiber.index;
+    current_ = &thread;
+    threadIdx = thread.index;
     blockIdx = block.index;
-    swapcontext(&scheduler_, &fiber.context);
+    races().run_as(&thread.runner);
+    thread.fiber.resume();
+    races().run_as(nullptr);
     if (!error_.empty()) {
       throw std::runtime_error(error_ + here());
     }
@@ -346,9 +354,9 @@ class Machine {
   std::string story_of_the_stuck() const {
     std::size_t ended = 0;
     const Meeting* waits = nullptr;
-    for (const Fiber& fiber : fibers_) {
-      ended += fiber.ended;
-      waits = fiber.ended ? waits : fiber.waits;
+    for (const Thread& thread : threads_) {
+      ended += thread.ended;
+      waits = thread.ended ? waits : thread.waits;
     }
     return "threads wait for ever at " + waits->place() + ": " + std::to_string(waits->arrived) +
            " of " + std::to_string(waits->expected) + " are there, and of the cluster's threads " +
@@ -359,16 +367,17 @@ class Machine {
   std::vector<Warp> warps_;
   std::vector<Warp*> line_up_;
   std::vector<unsigned> lanes_;
-  std::vector<Fiber> fibers_;
+  std::vector<Thread> threads_;
   std::vector<std::unique_ptr<unsigned char[]>> stacks_;
   Meeting cluster_barrier_;
-  ucontext_t scheduler_;
-  Fiber* current_ = nullptr;
+  Thread* current_ = nullptr;
   const std::function<void()>* body_ = nullptr;
   std::int64_t order_ = 0;
   std::mt19937_64 random_;
   std::string error_;
 };
+
+[[noreturn]] inline void stop(const std::string& message) { Machine::get().fail(message); }
 
 inline void launch(const dim3& grid, const dim3& block, unsigned cluster, std::size_t shared_bytes,
                    std::int64_t order, const std::function<void()>& body) {

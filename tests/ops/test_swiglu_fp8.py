@@ -73,6 +73,16 @@ def test_random_fp32_numbers_are_rounded_as_torch_rounds_them(spread, row, devic
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_not_one_byte_in_millions_is_another(device):
+    for _ in range(20):
+        gate_up = (0.3 * torch.randn(200, 768)).to(device, torch.bfloat16)
+        scale, amax = 100 + 900 * torch.rand(1).to(device), one(0.0, device)
+        plain = swiglu(gate_up, kernel="mlr1").float()
+        out, _, _ = swiglu_fp8(gate_up, scale, amax, transpose=False)
+        assert torch.equal(out, e4m3_by_torch(plain * scale))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("row", ROWS)
 def test_ties_go_to_even_and_subnormal_numbers_are_exact(row, device):
     grid = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()

@@ -19,6 +19,7 @@ ptxas info    : Function properties for _Z1bPf
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 168 registers, used 0 barriers
 """
+INDEXED = CLEAN.replace("0 bytes stack frame", "16 bytes stack frame", 1)
 SPILLED = CLEAN.replace("0 bytes spill stores", "820 bytes spill stores", 1)
 OTHER_DEVICE = CLEAN.replace("sm_90a", "sm_80")
 THEIRS = "/x/torch/include/c10/a.h(12): warning #20012-D: a torch header\n"
@@ -55,6 +56,19 @@ def test_each_kernel_is_told_with_registers_and_shared_memory(program, judge, ca
 def test_a_kernel_that_spills_is_refused_by_name(judge, capsys):
     assert judge(SPILLED) == 1
     assert "_Z1aPf spills" in capsys.readouterr().err
+
+
+def test_an_array_in_local_memory_is_refused_but_for_the_digits_of_large_angles(judge, capsys):
+    assert judge(INDEXED) == 1
+    assert "_Z1aPf keeps an array of 16 bytes in local memory" in capsys.readouterr().err
+    assert judge(INDEXED.replace("_Z1aPf", "_Z19qk_norm_rope_kernelPf")) == 0
+
+
+def test_a_kernel_without_launch_bounds_is_found(program, tmp_path):
+    (tmp_path / "a.cuh").write_text(
+        "__global__ void __launch_bounds__(64)\n    bounded(int);\n__global__ void\nfree(int);\n"
+    )
+    assert program.unbounded(tmp_path) == ["a.cuh: free has no __launch_bounds__"]
 
 
 def test_a_log_without_kernels_for_hopper_is_refused(judge, capsys):
