@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_mlr1.ending import clean_exit
 from megatron_mlr1.errors import ConfigError
 from megatron_mlr1.teacher import planner, status
+from megatron_mlr1.teacher.backend import TeacherUnavailable
 from megatron_mlr1.teacher.fp8_gate import MAX_KL, MIN_AGREEMENT, Gate
 from megatron_mlr1.teacher.keys import read_student_keys
 from megatron_mlr1.teacher.pool import RESCAN_S, open_pool
@@ -93,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("watch").add_argument
     group("--status", action="store_true", help="show the pool's replicas every 2 s")
-    group("--once", action="store_true", help="show them once")
+    group("--once", action="store_true", help="show them once; status 75 if none answers")
     group("--student", metavar="NAME", help="whose keys of --keys to use")
 
     group = parser.add_argument_group("plan").add_argument
@@ -151,9 +152,14 @@ def _status(args: argparse.Namespace) -> None:
     keys = None if args.keys is None else read_student_keys(args.keys, args.student)
     pool = open_pool(args.pool)
     while True:
-        text = status.show(pool, keys)
+        text, num_answers = status.show(pool, keys)
         if args.once:
             print(text)
+            if num_answers == 0:
+                raise TeacherUnavailable(
+                    f"No replica of {args.pool} answers; a run needs one. The reasons are above: "
+                    "mend them, or start tools/serve_teacher.py."
+                )
             return
         # Clears the screen and goes to its top.
         print(f"\033[2J\033[H{text}", flush=True)

@@ -122,9 +122,11 @@ def weight_files(folder: Path) -> list[Path]:
     """Name the files of the weights, by name.
 
     Raises:
-        TeacherError: there are none; weights in other formats are not read, because they can hold
-            code.
+        TeacherError: there is no folder, or none in it; weights in other formats are not read,
+            because they can hold code.
     """
+    if not folder.is_dir():
+        raise TeacherError(f"{folder} is no folder; give the Hugging Face folder of the teacher.")
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise TeacherError(

@@ -2,7 +2,8 @@
 
 A replica keeps `NAME.lease` in the folder, rewritten by an atomic rename every third of its life
 and removed when the replica drains. A lease that has run out is not read any more, and is swept by
-the replicas. Clocks of the machines may differ by less than `LEASE_S`.
+the replicas. Clocks of the machines may differ by less than `LEASE_S`. A pool has one teacher: that
+of its living replicas, and while one joins, the one that the newest entry of `roll` names.
 """
 
 import json
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from megatron_mlr1.errors import MachineError, TeacherError
+from megatron_mlr1.teacher import roll
 
 LEASE_S: Final = 15.0
 """Life of a lease from its last renewal."""
@@ -161,21 +163,50 @@ def needs_ipv6(endpoint: str) -> bool:
     return socket.AF_INET not in {family for family, *_ in found}
 
 
-def refuse_other_teacher(folder: Path, fingerprint: str) -> None:
-    """Refuse to join the replicas of another teacher; a student takes those of one alone.
+def join(folder: Path, name: str, fingerprint: str) -> None:
+    """Join a pool, before the first lease; of several teachers that come at once one is let in.
+
+    Every joining is an entry of the roll, and to write one wins a race. So whoever has looked at
+    the pool and found it free knows, once the entry is written, that nobody came in between. The
+    entry stands for the replica for `LEASE_S`, in which it must write its lease.
+
+    Args:
+        folder: the pool; is made where it is missing.
+        name: the replica's.
+        fingerprint: its teacher's.
 
     Raises:
-        TeacherError: a living replica of the pool serves another teacher.
-        MachineError: the folder cannot be read.
+        TeacherError: the pool has another teacher.
+        MachineError: the folder cannot be read or written.
     """
-    if not folder.is_dir():
-        return
-    for lease in FolderPool(folder).leases():
-        if lease.fingerprint != fingerprint:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            last = roll.newest(folder)  # before the leases: who joined before it has one by now
+            _refuse_other_teacher(folder, last, fingerprint)
+            entry = roll.Entry(
+                number=1 if last is None else last.number + 1,
+                name=name,
+                fingerprint=fingerprint,
+                expires=time.time() + LEASE_S,
+            )
+            if roll.append(folder, entry):
+                return
+    except OSError as error:
+        raise _cannot(folder, error) from error
+
+
+def _refuse_other_teacher(folder: Path, last: roll.Entry | None, fingerprint: str) -> None:
+    there: list[Lease | roll.Entry] = list(FolderPool(folder).leases())
+    if last is not None and last.expires > time.time():
+        there.append(last)
+    for one in there:
+        if one.fingerprint != fingerprint:
             raise TeacherError(
-                f"{folder} has the replica {lease.name} of the teacher {lease.fingerprint}, and "
+                f"{folder} has the replica {one.name} of the teacher {one.fingerprint}, and "
                 f"this one is {fingerprint} (weights, tokenizer, precision, kind of device and "
-                "versions make it). A pool has one teacher; name another folder by --pool."
+                "versions make it). A pool has one teacher. Name another folder by --pool, or "
+                f"stop its replicas; {LEASE_S:.0f} s after the last one the folder is free."
             )
 
 
@@ -189,6 +220,9 @@ def make_pool(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, suffix=_PARTIAL) as file:
             file.write(b"?")
+            link = Path(f"{file.name}{_PARTIAL}")
+            os.link(file.name, link)
+            link.unlink()
     except OSError as error:
         raise _cannot(folder, error) from error
 
@@ -224,12 +258,14 @@ class LeaseKeeper:
 
         Raises:
             MachineError: the folder cannot be written, at the first time.
+            TeacherError: another teacher joined while this one's leases had run out.
         """
         if time.monotonic() < self._renew_at:
             return
         self._renew_at = time.monotonic() + self._life_s / 3
         try:
             self._write()
+            self._leave_to_other_teacher(roll.newest(self._folder))
         except OSError as error:
             mistake = _cannot(self._folder, error)
             if not self._was_kept:
@@ -254,6 +290,22 @@ class LeaseKeeper:
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
             raise
+
+    def _leave_to_other_teacher(self, last: roll.Entry | None) -> None:
+        """Give the lease up if the pool has another teacher by now.
+
+        It is written before the roll is read, and an entry before the leases are: of two that come
+        together at least one sees the other.
+        """
+        if last is None or last.fingerprint in ("", self._lease.fingerprint):
+            return
+        self.give_up()
+        raise TeacherError(
+            f"{self._folder} was free while this replica was silent for more than "
+            f"{self._life_s:.0f} s, and {last.name} brought the teacher {last.fingerprint}; this "
+            f"one is {self._lease.fingerprint}. A pool has one teacher. Stop one of the two, or "
+            "name another folder by --pool."
+        )
 
     def give_up(self) -> None:
         """Remove the lease: no student comes any more."""
@@ -296,6 +348,6 @@ def _read(path: Path) -> Lease | None:
 
 def _cannot(folder: Path, error: OSError) -> MachineError:
     return MachineError(
-        f"{folder}: {error.strerror}. A pool is a folder that all replicas can write and all "
-        "students can read; mend that, or name another by --pool."
+        f"{folder}: {error.strerror}. A pool is a folder that all replicas can write, with hard "
+        "links, and all students can read; mend that, or name another by --pool."
     )

@@ -20,7 +20,6 @@ from megatron_mlr1.teacher.keys import read_pool_keys
 from megatron_mlr1.teacher.memory import keep_large_blocks
 from megatron_mlr1.teacher.model import TeacherModel, load_teacher
 from megatron_mlr1.teacher.open_files import allow_many
-from megatron_mlr1.teacher.pool import refuse_other_teacher
 from megatron_mlr1.teacher.replica import Replica, ReplicaOptions
 from megatron_mlr1.teacher.serving import read_gate
 
@@ -64,8 +63,6 @@ def _load(place: dict[str, Any]) -> tuple[TeacherModel, str]:
 def _open(place: dict[str, Any], teacher: TeacherModel) -> Replica:
     keys = None if place["keys"] is None else read_pool_keys(Path(place["keys"]))
     pool = None if place["pool"] is None else Path(place["pool"])
-    if pool is not None:
-        refuse_other_teacher(pool, teacher.identity.fingerprint)
     options = ReplicaOptions(
         name=place["name"],
         bind=place["bind"],

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from megatron_mlr1.errors import MachineError
+from megatron_mlr1.errors import MachineError, Mlr1Error
 from megatron_mlr1.teacher.desk import Desk
 from megatron_mlr1.teacher.engine import Engine, RequestError
 from megatron_mlr1.teacher.keys import PoolKeys
-from megatron_mlr1.teacher.pool import Lease, LeaseKeeper
+from megatron_mlr1.teacher.pool import Lease, LeaseKeeper, join
 from megatron_mlr1.teacher.ports import Ports
 from megatron_mlr1.teacher.spec import Targets
 from megatron_mlr1.teacher.wire import Code, Limits
@@ -59,16 +59,23 @@ class Replica:
     """Serves one engine until it is drained."""
 
     def __init__(self, engine: Engine, options: ReplicaOptions) -> None:
-        """Bind the sockets.
+        """Bind the sockets and join the pool.
 
         Raises:
-            MachineError: the address cannot be bound.
+            MachineError: the address cannot be bound, or the pool cannot be written.
+            TeacherError: the pool has another teacher.
         """
         self._engine, self._options = engine, options
         limits = Limits(max_tokens=engine.max_tokens)
         self._ports = Ports(options.bind, options.data_bind, options.keys, limits)
         self.endpoint = self._ports.endpoint(options.advertise)
         """Where students connect."""
+        if options.pool is not None:
+            try:
+                join(options.pool, options.name, engine.identity.fingerprint)
+            except Mlr1Error:
+                self._ports.close()
+                raise
         self._queue = WorkQueue(options.max_queue_tokens)
         self._desk = Desk(options.name, engine, self._ports, self._queue, options.held_bytes)
         self._desk.data_endpoint = self._ports.data_endpoint(options.advertise)
@@ -87,6 +94,7 @@ class Replica:
 
         Raises:
             MachineError: the device failed several times in a row, or the pool cannot be written.
+            TeacherError: the pool went over to another teacher.
         """
         compute = threading.Thread(target=self._compute, name="teacher-compute")
         compute.start()

@@ -132,13 +132,15 @@ def ask_all(leases: list[Lease], keys: StudentKeys | None) -> list[Report]:
         context.destroy(0)
 
 
-def show(pool: Pool, keys: StudentKeys | None) -> str:
-    """Ask a pool's replicas, and lay out what they say and who is missing.
+def show(pool: Pool, keys: StudentKeys | None) -> tuple[str, int]:
+    """Ask a pool's replicas; lay out what they say and who is missing, and count who answers.
 
     Raises:
         MachineError: the pool's folder cannot be read.
     """
-    return "\n".join(filter(None, (table(ask_all(pool.leases(), keys)), pool.remarks())))
+    reports = ask_all(pool.leases(), keys)
+    text = "\n".join(filter(None, (table(reports), pool.remarks())))
+    return text, sum(report.fields is not None for report in reports)
 
 
 _COLUMNS: Final = (

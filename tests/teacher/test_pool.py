@@ -1,19 +1,22 @@
 import json
+import threading
 import time
+from contextlib import suppress
 
 import pytest
 
 from megatron_mlr1.errors import MachineError, TeacherError
+from megatron_mlr1.teacher import roll
 from megatron_mlr1.teacher.pool import (
     LEASE_S,
     AddressPool,
     FolderPool,
     Lease,
     LeaseKeeper,
+    join,
     make_pool,
     needs_ipv6,
     open_pool,
-    refuse_other_teacher,
 )
 
 LEASE = Lease(name="a", endpoint="tcp://10.0.0.1:5555", fingerprint="f" * 32, public_key="k" * 40)
@@ -45,12 +48,81 @@ def test_a_kept_lease_is_found_and_a_given_up_one_is_not(tmp_path):
 
 
 def test_a_pool_has_one_teacher(tmp_path):
-    refuse_other_teacher(tmp_path / "not there yet", "a" * 32)
     write(tmp_path, "same", fingerprint="a" * 32)
     write(tmp_path, "dead", fingerprint="b" * 32, expires=time.time() - 1)
-    refuse_other_teacher(tmp_path, "a" * 32)
+    join(tmp_path, "one more", "a" * 32)
     with pytest.raises(TeacherError, match="the replica same of the teacher aaaa"):
-        refuse_other_teacher(tmp_path, "b" * 32)
+        join(tmp_path, "other", "b" * 32)
+
+
+def come_together(folder, fingerprints):
+    """Join with all of them at one moment; give the fingerprints of those that were let in."""
+    start, let_in = threading.Barrier(len(fingerprints)), []
+
+    def come(name, fingerprint):
+        start.wait()
+        with suppress(TeacherError):
+            join(folder, name, fingerprint)
+            let_in.append(fingerprint)
+
+    comers = [
+        threading.Thread(target=come, args=(f"r{number}", fingerprint))
+        for number, fingerprint in enumerate(fingerprints)
+    ]
+    for comer in comers:
+        comer.start()
+    for comer in comers:
+        comer.join()
+    return let_in
+
+
+@pytest.mark.parametrize("before", ["nobody", "another teacher", "one of them"])
+def test_of_different_teachers_that_come_together_one_is_let_in(tmp_path, before):
+    first, second = "a" * 32, "b" * 32
+    for attempt in range(15):
+        folder = tmp_path / f"pool{attempt}"
+        if before != "nobody":
+            long_ago = roll.Entry(
+                number=7,
+                name="old",
+                fingerprint="c" * 32 if before == "another teacher" else first,
+                expires=time.time() - 60,
+            )
+            folder.mkdir()
+            assert roll.append(folder, long_ago)
+        let_in = come_together(folder, [first, second] * 4)
+        assert let_in in ([first] * 4, [second] * 4)
+        assert len(list(folder.iterdir())) == 1, "older entries are removed"
+
+
+def test_who_joined_is_there_before_its_lease_is(tmp_path):
+    join(tmp_path, "first", "a" * 32)
+    with pytest.raises(TeacherError, match="the replica first of the teacher aaaa"):
+        join(tmp_path, "second", "b" * 32)
+    join(tmp_path, "third", "a" * 32)
+
+
+def test_a_pool_is_free_when_the_last_of_its_teacher_is_gone(tmp_path, monkeypatch):
+    join(tmp_path, "died before its lease", "a" * 32)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + LEASE_S + 1)
+    join(tmp_path, "second", "b" * 32)
+    with pytest.raises(TeacherError, match="the replica second"):
+        join(tmp_path, "back", "a" * 32)
+
+
+def test_a_replica_that_was_silent_while_another_teacher_came_leaves(tmp_path, monkeypatch):
+    keeper = LeaseKeeper(tmp_path, LEASE, life_s=0.03)
+    join(tmp_path, LEASE.name, LEASE.fingerprint)
+    keeper.keep()
+    now = time.time()
+    with monkeypatch.context() as later:
+        later.setattr(time, "time", lambda: now + LEASE_S + 1)
+        join(tmp_path, "other", "b" * 32)
+    time.sleep(0.02)
+    with pytest.raises(TeacherError, match="other brought the teacher bbbb"):
+        keeper.keep()
+    assert FolderPool(tmp_path).leases() == []
 
 
 def test_a_lease_is_renewed_before_it_runs_out(tmp_path):
@@ -151,8 +223,9 @@ def test_a_pool_is_made_and_left_empty_or_refused(tmp_path):
     assert list((tmp_path / "new" / "pool").iterdir()) == []
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "pool"):
-        with pytest.raises(MachineError, match="can write"):
-            make_pool(folder)
+        for enter in (make_pool, lambda folder: join(folder, "a", "f" * 32)):
+            with pytest.raises(MachineError, match="can write"):
+                enter(folder)
 
 
 @pytest.mark.parametrize(

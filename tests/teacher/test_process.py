@@ -52,7 +52,7 @@ def test_a_replica_in_fp8_tells_its_drift_and_drains_without_its_supervisor(star
         replica.stdin.close()
         assert student.receive().kind is Kind.GOAWAY
     assert replica.wait(60) == 0
-    assert not list((tmp_path / "pool").iterdir()), "its lease is gone"
+    assert not list((tmp_path / "pool").glob("*.lease")), "its lease is gone"
 
 
 def test_a_replica_whose_supervisor_died_while_it_loaded_ends_without_a_word(start, tmp_path):
@@ -62,4 +62,4 @@ def test_a_replica_whose_supervisor_died_while_it_loaded_ends_without_a_word(sta
     with replica.stderr:
         assert "Error" not in replica.stderr.read()
     assert replica.wait(60) == 0
-    assert not list((tmp_path / "pool").iterdir()), "it left no lease"
+    assert not list((tmp_path / "pool").glob("*.lease")), "it left no lease"

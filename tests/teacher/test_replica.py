@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import zmq
 
-from megatron_mlr1.errors import MachineError
+from megatron_mlr1.errors import MachineError, TeacherError
 from megatron_mlr1.teacher import payloads
 from megatron_mlr1.teacher.keys import make_pair, read_pair
 from megatron_mlr1.teacher.pool import FolderPool
@@ -291,6 +291,15 @@ def test_a_replica_holds_a_lease_while_it_serves(teacher, tmp_path):
         assert lease.fingerprint == teacher.identity.fingerprint
         assert lease.public_key == keys.pair.public.decode()
     assert FolderPool(tmp_path / "pool").leases() == []
+
+
+def test_a_replica_of_another_teacher_is_refused_before_it_serves(teacher, tmp_path):
+    options = {"bind": f"ipc://{tmp_path}/socket", "pool": tmp_path / "pool"}
+    with serving(TableTeacher(1), name="one", pool=tmp_path / "pool"):
+        with pytest.raises(TeacherError, match="has the replica one of the teacher"):
+            Replica(teacher, ReplicaOptions(name="two", **options))
+        with serving(TableTeacher(1), name="three", **options):
+            pass  # and the address is free again
 
 
 def test_only_students_whose_key_is_known_hear_anything(teacher, tmp_path):

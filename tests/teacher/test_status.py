@@ -4,7 +4,7 @@ import pytest
 import zmq
 
 from megatron_mlr1.teacher.keys import StudentKeys
-from megatron_mlr1.teacher.pool import FolderPool, Lease
+from megatron_mlr1.teacher.pool import AddressPool, FolderPool, Lease
 from megatron_mlr1.teacher.spec import TargetSpec
 from megatron_mlr1.teacher.status import ask_all, show, table
 from megatron_mlr1.teacher.wire import Kind
@@ -90,7 +90,17 @@ def test_a_replica_is_reached_by_ipv6():
 
 def test_an_empty_pool_has_an_empty_table_and_says_why(tmp_path):
     pool = FolderPool(tmp_path)
-    assert "0 of 0 replicas answer; 0 tokens/s in all" in show(pool, None)
-    assert show(pool, None).endswith("holds no lease: no replica has come, or all left.")
+    told, num_answers = show(pool, None)
+    assert "0 of 0 replicas answer; 0 tokens/s in all" in told
+    assert told.endswith("holds no lease: no replica has come, or all left.")
+    assert num_answers == 0
     (tmp_path / "x.lease").write_text("")
-    assert show(pool, None).endswith("that are no lease of this version: 1.")
+    assert show(pool, None)[0].endswith("that are no lease of this version: 1.")
+
+
+def test_who_answers_is_counted():
+    with serving(TableTeacher(), name="one") as replica:
+        pool = AddressPool((replica.endpoint, "tcp://127.0.0.1:9"))
+        told, num_answers = show(pool, None)
+    assert "1 of 2 replicas answer" in told
+    assert num_answers == 1

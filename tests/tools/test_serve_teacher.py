@@ -38,6 +38,14 @@ def test_it_shows_the_pools_replicas(tmp_path):
     assert "1 of 1 replicas answer" in shown.stdout
 
 
+def test_a_pool_in_which_nobody_answers_has_an_exit_status_of_its_own(tmp_path):
+    shown = run("--status", "--once", "--pool", tmp_path)
+    assert shown.returncode == 75
+    assert "0 of 0 replicas answer" in shown.stdout
+    assert shown.stderr.startswith(f"No replica of {tmp_path} answers; ")
+    assert "Traceback" not in shown.stderr
+
+
 def test_a_teacher_that_fp8_changes_too_much_ends_with_its_figures(tmp_path):
     folder = make_teacher_folder(tmp_path / "teacher")
     words = ("--bind", "tcp://127.0.0.1:*", "--insecure-loopback", "--pool", tmp_path / "pool")
