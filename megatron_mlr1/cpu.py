@@ -59,6 +59,8 @@ def activate(*, device_files: tuple[Path, ...] = NVIDIA_DEVICE_FILES) -> bool:
         raise MachineError(fault)
     # Inductor asks for the device too; read when torch._dynamo is first imported.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    # The engine imports it wherever it is installed, and without a driver that import fails.
+    sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]
     _redirect_torch_cuda()
     _CudaMeansCpu().__enter__()  # type: ignore[no-untyped-call]
     if int(os.environ.get("RANK", "0")) == 0:

@@ -1,8 +1,8 @@
 """Says in one screen what this machine has, and what that means for training.
 
 `inspect_machine` looks and never fails for what is missing; the rest turns the `Machine` that it
-saw into words. Nothing is imported but torch and the ops: the versions of other packages are read
-from their metadata.
+saw into words. Nothing is imported but torch, the ops and, where a GPU is, Transformer Engine: the
+versions of other packages are read from their metadata.
 """
 
 import argparse
@@ -106,7 +106,7 @@ def inspect_machine() -> Machine:
         torch_cuda=torch.version.cuda,
         gpus=gpus,
         nccl=_nccl(),
-        fault=None if gpus else device_fault(),
+        fault=_transformer_engine_fault() if gpus else device_fault(),
     )
     return _with_ops(machine)
 
@@ -283,6 +283,16 @@ def _gpus() -> tuple[Gpu, ...]:
         )
         for device in seen
     )
+
+
+def _transformer_engine_fault() -> str | None:
+    from megatron_mlr1.model.precision import transformer_engine_version
+
+    try:
+        transformer_engine_version()
+    except MachineError as error:
+        return str(error)
+    return None
 
 
 def _nccl() -> str | None:

@@ -278,7 +278,7 @@ def _switches(text: str | None) -> tuple[tuple[int, str], ...]:
 
 
 def _kernels(text: str | None) -> dict[str, str]:
-    chosen = {op: names[0] for op, names in KERNELS.items()}
+    chosen: dict[str, str] = {}
     for pair in text.split(",") if text else ():
         op, equals, name = (part.strip() for part in pair.partition("="))
         if not equals:
@@ -287,5 +287,10 @@ def _kernels(text: str | None) -> dict[str, str]:
                 "for example swiglu=reference."
             )
         choose(op, KERNELS, "op with a choice of kernels called")
+        if op in chosen:
+            raise ConfigError(
+                f"--mlr1-kernels names {op} twice, with {chosen[op]} and with {name}; an op has "
+                "one implementation. Leave one of the two out."
+            )
         chosen[op] = choose(name, KERNELS[op], f"implementation of {op} called")
-    return chosen
+    return {op: names[0] for op, names in KERNELS.items()} | chosen

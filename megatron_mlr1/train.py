@@ -31,11 +31,13 @@ def main(words: Sequence[str]) -> int:
 
 def _train(words: Sequence[str]) -> None:
     from megatron_mlr1 import cpu, recipes
+    from megatron_mlr1.model.precision import transformer_engine_version
 
     plan = recipes.expand(words, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     plan.require_runnable()
     blends = _blends(plan)
     cpu.activate()
+    transformer_engine_version()  # before the engine, which would end in a stack trace
     from megatron_mlr1.engine.run import run
 
     run(plan, blends, rank=_rank())

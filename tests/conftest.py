@@ -7,6 +7,7 @@ import signal
 import pytest
 import torch
 
+from megatron_mlr1 import cpu
 from megatron_mlr1.ops.extension import EXTENSION
 
 NUM_GPUS = pytest.StashKey[int]()
@@ -21,7 +22,9 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if "gpu" not in config.option.markexpr:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    config.stash[NUM_GPUS] = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    # A folder's own conftest may have turned CPU mode on already, as it does where no GPU is.
+    has_gpu = torch.cuda.is_available() and not cpu.is_active()
+    config.stash[NUM_GPUS] = torch.cuda.device_count() if has_gpu else 0
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -79,6 +79,7 @@ def test_a_parsed_namespace_may_hold_the_engines_values_too() -> None:
         (["--mlr1-kernels", "swiglo=mlr1"], "Did you mean swiglu"),
         (["--mlr1-kernels", "swiglu=refrence"], "Did you mean reference"),
         (["--mlr1-kernels", "swiglu"], "OP=NAME"),
+        (["--mlr1-kernels", "swiglu=te,swiglu=mlr1"], "names swiglu twice, with te and with mlr1"),
         (["--mixture-switch", "phase2"], "takes SAMPLE=NAME pairs"),
         (["--mixture-switch", "0=phase2"], "at least 1"),
         (["--mixture-switch", "5="], "takes SAMPLE=NAME pairs"),

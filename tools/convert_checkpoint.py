@@ -8,39 +8,37 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_mlr1 import cpu
-from megatron_mlr1.errors import Mlr1Error
+from megatron_mlr1.ending import clean_exit
+from megatron_mlr1.model.precision import transformer_engine_version
 
 if TYPE_CHECKING:
     from megatron_mlr1.checkpoint.convert import Report
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """Run the program; give its exit status."""
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the program; an error of the user's ends it with its message alone."""
     plan = _parser().parse_args(words)
-    try:
-        with warnings.catch_warnings():
-            if not sys.warnoptions:
-                # The engine warns of a dozen absent accelerators, none of which converts weights.
-                warnings.simplefilter("ignore")
-            report = _convert(plan)
-    except Mlr1Error as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    with clean_exit(), warnings.catch_warnings():
+        if not sys.warnoptions:
+            # The engine warns of a dozen absent accelerators, none of which converts weights.
+            warnings.simplefilter("ignore")
+        report = _convert(plan)
     size = f"{report.num_bytes / 1e9:.2f} GB {str(report.dtype).removeprefix('torch.')}"
     print(f"{plan.save}: {report.num_parameters:,} parameters, {size}")
     print(f"  weights from {report.source}")
     print(f"  tokenizer from {report.tokenizer}" if report.tokenizer else "  no tokenizer")
     if report.difference:
         print(f"  verified: {report.difference}")
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     directions = parser.add_subparsers(dest="direction", required=True)
-    to_hf = directions.add_parser("megatron-to-hf", help="export a run as a Hugging Face folder")
+    to_hf = directions.add_parser(
+        "megatron-to-hf", help="export a run as a Hugging Face folder", allow_abbrev=False
+    )
     to_megatron = directions.add_parser(
-        "hf-to-megatron", help="make a checkpoint that runs start from"
+        "hf-to-megatron", help="make a checkpoint that runs start from", allow_abbrev=False
     )
     for direction in (to_hf, to_megatron):
         direction.add_argument(
@@ -71,8 +69,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _convert(plan: argparse.Namespace) -> "Report":
-    # The engine asks for CUDA while it is imported, so CPU mode comes first.
+    # The engine asks for CUDA while it is imported, and imports Transformer Engine where that is.
     cpu.activate()
+    transformer_engine_version()
     from megatron_mlr1.checkpoint.convert import DTYPES, hf_to_megatron, megatron_to_hf
 
     if plan.direction == "hf-to-megatron":
@@ -90,4 +89,4 @@ def _convert(plan: argparse.Namespace) -> "Report":
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

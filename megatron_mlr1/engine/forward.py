@@ -171,11 +171,13 @@ class ForwardStep:
     def _loss(self, done: MicroBatchLoss) -> Loss:
         """Have the engine judge the sum of a micro-batch before it spreads."""
         total = done.total
+        # The schedules divide the loss in place, and a rerun is compared with what was kept of it.
+        judged = total.detach().clone()
         rerun = get_rerun_state_machine()
         if self._args.check_for_nan_in_loss_and_grad:
             for test, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
                 rerun.validate_result(
-                    result=total,
+                    result=judged,
                     rejection_func=test,
                     message=f"{name} in the loss of this process",
                     tolerance=0.0,
@@ -183,7 +185,7 @@ class ForwardStep:
                 )
         if self._args.check_for_spiky_loss:
             rerun.validate_result(
-                result=total,
+                result=judged,
                 rejection_func=partial(
                     rerun.is_unexpectedly_large, threshold=SPIKE, context="loss"
                 ),
@@ -198,13 +200,11 @@ def foresees_backward(args: Namespace) -> bool:
     """Say whether the head may add its gradient to the main gradient before the backward.
 
     Not where somebody else uses that memory between forward and backward (parameters that are
-    gathered into gradient buffers), nor where gradients have no lasting place (FSDP), nor in fp16,
-    whose loss scale would take the head's gradient out of its range.
+    gathered into gradient buffers), nor in fp16, whose loss scale would take the head's gradient
+    out of its range.
     """
     return not (
         args.fp16
-        or args.use_megatron_fsdp
-        or args.use_torch_fsdp2
         or args.reuse_grad_buf_for_mxfp8_param_ag
         or args.use_layer_wise_distributed_optimizer
     )

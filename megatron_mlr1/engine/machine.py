@@ -37,6 +37,10 @@ FP8 runs are held against the same figure, so that their MFU can be compared wit
 """
 
 
+FSDP = ("--use-torch-fsdp2", "--use-megatron-fsdp")
+"""Flags with which the engine wants more than one connection."""
+
+
 def words(user: Sequence[str]) -> tuple[str, ...]:
     """Give the flags that this machine calls for; the user's own, which follow, win.
 
@@ -70,10 +74,18 @@ def _device() -> fp8.Device | None:
     )
 
 
-def environment() -> None:
-    """Set what the engine demands of the environment, where nobody else has."""
-    # Tensor and context parallelism order their kernels by it on devices before Blackwell.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+def environment(user: Sequence[str]) -> None:
+    """Set what the engine demands of the environment, where nobody else has.
+
+    Args:
+        user: the words of the run, recipe included.
+    """
+    if not any(word in FSDP for word in user):
+        # Tensor and context parallelism order their kernels by it on devices before Blackwell.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # Else Transformer Engine 2.18 refuses the scales of a checkpoint in FP8 with delayed scaling,
+    # as they are a pickle. So is the list of contents of every checkpoint, which the engine reads.
+    os.environ.setdefault("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1")
     if "RANK" not in os.environ:
         # Started without torchrun: one process, which meets nobody.
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")

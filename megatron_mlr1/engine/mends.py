@@ -4,6 +4,7 @@ Every mend says what is wrong and where it does not apply; drop it when the engi
 """
 
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import megatron.core.datasets.utils
@@ -20,8 +21,10 @@ def apply() -> None:
     _keep_compiled_dataset_helpers()
     _save_on_sigterm()
     _warm_up_without_drawing()
-    if not HAVE_APEX_OR_TE:
-        _make_torch_adam_resumable()
+    if HAVE_APEX_OR_TE:
+        _prepare_optimizers(_fit_groups_after_loads, "fits_groups")
+    else:
+        _prepare_optimizers(_make_torch_adam_resumable, "makes_resumable")
         _load_torch_adam_without_step()
 
 
@@ -66,28 +69,44 @@ def _warm_up_without_drawing() -> None:
     training.set_jit_fusion_options = give_back
 
 
-def _make_torch_adam_resumable() -> None:
-    """Prepare the optimizer for a resume as soon as it is made.
-
-    With torch's Adam (neither Transformer Engine nor Apex there), the distributed optimizer cannot
-    load before its first step, and after a load all parameters share one `step` tensor, which each
-    of them then counts up: the bias correction is wrong and training diverges without a word.
-    """
+def _prepare_optimizers(prepare: Callable[[Any], None], name: str) -> None:
+    """Have each optimizer prepared as soon as it is made; `name` marks that it is done."""
     training = megatron.training.training
     make = training.get_megatron_optimizer
-    if getattr(make, "makes_resumable", False):
+    if getattr(make, name, False):
         return
 
-    def make_resumable(*args: Any, **kwargs: Any) -> Any:
+    def make_prepared(*args: Any, **kwargs: Any) -> Any:
         optimizer = make(*args, **kwargs)
         for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-            if isinstance(part, DistributedOptimizer) and part.optimizer is not None:
-                initialise_state(part.optimizer)
-                part.optimizer.register_load_state_dict_post_hook(separate_steps)
+            if part.optimizer is not None:
+                prepare(part)
         return optimizer
 
-    make_resumable.makes_resumable = True  # type: ignore[attr-defined]
-    training.get_megatron_optimizer = make_resumable
+    setattr(make_prepared, name, True)
+    training.get_megatron_optimizer = make_prepared
+
+
+def _fit_groups_after_loads(part: Any) -> None:
+    """Let Transformer Engine's and Apex's Adam go on from what torch's wrote.
+
+    A load replaces the optimizer's groups by those of the checkpoint. Torch's have no
+    `bias_correction`, without which the next step is a KeyError, and count steps in a float, which
+    the kernel does not take.
+    """
+    part.optimizer.register_load_state_dict_post_hook(fit_groups)
+
+
+def _make_torch_adam_resumable(part: Any) -> None:
+    """Prepare torch's Adam for a resume.
+
+    With it (neither Transformer Engine nor Apex there), the distributed optimizer cannot load
+    before its first step, and after a load all parameters share one `step` tensor, which each of
+    them then counts up: the bias correction is wrong and training diverges without a word.
+    """
+    if isinstance(part, DistributedOptimizer):
+        initialise_state(part.optimizer)
+        part.optimizer.register_load_state_dict_post_hook(separate_steps)
 
 
 def _load_torch_adam_without_step() -> None:
@@ -122,3 +141,12 @@ def separate_steps(adam: torch.optim.Optimizer) -> None:
     """Give each parameter a step tensor of its own."""
     for state in adam.state.values():
         state["step"] = state["step"].clone()
+
+
+def fit_groups(adam: torch.optim.Optimizer) -> None:
+    """Give each group what another implementation's lack, and a whole number of steps."""
+    for group in adam.param_groups:
+        for name, value in adam.defaults.items():
+            group.setdefault(name, value)
+        if isinstance(group.get("step"), float):
+            group["step"] = int(group["step"])

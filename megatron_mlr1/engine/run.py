@@ -24,6 +24,7 @@ from megatron_mlr1.data.feed import are_packs
 from megatron_mlr1.data.mixture import Blend, data_path_words
 from megatron_mlr1.data.provenance import read_record
 from megatron_mlr1.engine import command_line, machine, mends, start
+from megatron_mlr1.engine.agreement import SHARED
 from megatron_mlr1.engine.datasets import MegatronDatasets
 from megatron_mlr1.engine.distillation import Distilling
 from megatron_mlr1.engine.forward import ForwardStep, foresees_backward
@@ -36,6 +37,9 @@ from megatron_mlr1.model.shape import ModelShape
 from megatron_mlr1.model.spec import Kernel, block_spec, refuse_missing
 from megatron_mlr1.options import Mlr1Options, add_mlr1_arguments
 from megatron_mlr1.recipes import Plan
+
+OTHER_SCHEDULE = "OptimizerParamScheduler: class input value"
+"""How the engine begins to say that a checkpoint has another schedule than the flags."""
 
 
 def run(plan: Plan, blends: Sequence[Blend], *, rank: int) -> None:
@@ -50,7 +54,7 @@ def run(plan: Plan, blends: Sequence[Blend], *, rank: int) -> None:
         Mlr1Error: whatever a person can mend; nothing was trained then.
     """
     mends.apply()
-    machine.environment()
+    machine.environment(plan.words)
     words = words_of(plan, blends, announce=rank == 0)
     args, model = _configure(words)
     kernels = _head_kernels(args, plan.options)
@@ -152,13 +156,20 @@ def _defaults(plan: Plan, save: str | None) -> tuple[str, ...]:
 
 def _refuse_no_tokenizer(words: Sequence[str], data_root: Path | None) -> None:
     """Say where the tokenizer may lie, which the engine does not."""
-    kind = start.without(words, "--tokenizer-type")[1]
-    if kind == "HuggingFaceTokenizer" and start.without(words, "--tokenizer-model")[1] is None:
+    if start.without(words, "--tokenizer-type")[1] != "HuggingFaceTokenizer":
+        return
+    model = start.without(words, "--tokenizer-model")[1]
+    if model is None:
         place = "DATA_ROOT/tokenizer" if data_root is None else str(data_root / "tokenizer")
         raise ConfigError(
             f"There is no tokenizer: {place} is not a folder and --tokenizer-model is missing. Put "
             "the Hugging Face folder of the tokenizer that made the corpora there, or give "
             "--tokenizer-model DIR."
+        )
+    if model.startswith(("/", ".")) and not Path(model).is_dir():
+        raise ConfigError(
+            f"--tokenizer-model {model} is not a folder. Give the Hugging Face folder of the "
+            "tokenizer that made the corpora, or its name on the hub."
         )
 
 
@@ -173,6 +184,11 @@ def _versions() -> dict[str, str]:
 
 def _configure(words: Sequence[str]) -> tuple[Namespace, GPTModelConfig]:
     """Have the engine parse and judge the words, and turn its refusals into ours."""
+    if any(word.split("=")[0] == "--spec" for word in words):
+        raise ConfigError(
+            "--spec names layers of another model, and this program builds MobileLLM-R1's. Leave "
+            "it out; --mlr1-kernels chooses the implementations."
+        )
     sys.argv = [sys.argv[0], *words]
     try:
         args = parse_and_validate_args(extra_args_provider=add_mlr1_arguments)
@@ -200,6 +216,7 @@ def _head_kernels(args: Namespace, options: Mlr1Options) -> HeadKernels:
         packed=args.dataloader_inter_document_masking,
         distils=options.distillation.teacher is not None,
         sparse=options.distillation.form in ("hybrid", "top_k"),
+        fsdp=args.use_torch_fsdp2 or args.use_megatron_fsdp,
     )
     kernels.refuse(run)
     return kernels
@@ -219,12 +236,23 @@ def _train(
     Metrics(args, shape_of(args), datasets, peak, distilling).install()
     if distilling is not None:
         distilling.install()
-    pretrain(
-        pretrain_cfg_container_from_args(args, model),
-        datasets,
-        ModelType.encoder_or_decoder,
-        ForwardStep(args, kernels, distilling, foresees=foresees_backward(args)),
-    )
+    try:
+        pretrain(
+            pretrain_cfg_container_from_args(args, model),
+            datasets,
+            ModelType.encoder_or_decoder,
+            ForwardStep(args, kernels, distilling, foresees=foresees_backward(args)),
+        )
+    except AssertionError as error:
+        if OTHER_SCHEDULE not in str(error):
+            raise
+        changed = ConfigError(
+            f"The checkpoint is of another schedule ({str(error).strip()}): its --train-iters, "
+            "batch size, warm-up, decay or weight decay is not this run's. Give the former ones, "
+            "or --override-opt-param-scheduler to take the new ones from here on."
+        )
+        changed.add_note(SHARED)
+        raise changed from error
 
 
 def _layers(model: Any, vp_stage: int | None = None, *, kernels: Mapping[str, Any]) -> Any:

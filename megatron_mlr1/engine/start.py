@@ -123,6 +123,7 @@ def decide(
         _refuse_other_run(run, save)
         _refuse_release(save)
         _refuse_other_order(run, save, new_data_order=new_data_order)
+        _refuse_other_rate(run, save)
         return _go_on(save, f"goes on from its last checkpoint in {save}")
     if load is not None and load != save:
         return _from(load, run, new_data_order=new_data_order)
@@ -213,6 +214,7 @@ def _from(load: Path, run: Run, *, new_data_order: bool) -> Start:
     other = Run.read(load)
     if other is not None and (other.model, other.stage) == (run.model, run.stage):
         _refuse_other_order(run, load, new_data_order=new_data_order)
+        _refuse_other_rate(run, load)
         return _go_on(load, f"goes on from {load}, the same stage's run")
     if other is not None and other.model != run.model:
         raise ConfigError(
@@ -246,6 +248,35 @@ def _refuse_other_order(run: Run, folder: Path, *, new_data_order: bool) -> None
             f"again. Give --mlr1-dataset {other.dataset} to go on in the old order, or "
             "--new-data-order to take the new one from here on."
         )
+    if other is not None and not new_data_order:
+        was, now = _both(other, run, "--seq-length")
+        if was != now:
+            raise ConfigError(
+                f"{folder} is of a run of --seq-length {was}, and this one has {now}: other "
+                f"samples, in which tokens that were seen come again. Give --seq-length {was} to "
+                "go on, or --new-data-order to take the new length from here on."
+            )
+
+
+def _refuse_other_rate(run: Run, folder: Path) -> None:
+    """Keep what the engine finds the optimizer's state by; with another it ends in a KeyError."""
+    other = Run.read(folder)
+    if other is None or "--no-load-optim" in run.words:
+        return
+    for flag in ("--lr", "--min-lr"):
+        was, now = _both(other, run, flag)
+        if was is not None and now is not None and float(was) != float(now):
+            raise ConfigError(
+                f"{folder} is of a run of {flag} {was}, and this one has {now}, for which the "
+                f"engine finds no state of the optimizer there. Give {flag} {was} to go on, or "
+                "--no-load-optim to go on from these weights with a new optimizer."
+            )
+
+
+def _both(other: Run, run: Run, flag: str) -> tuple[str | None, str | None]:
+    """Give a flag's value in both runs; None twice where one of them does not say."""
+    was, now = (without(words, flag)[1] for words in (other.words, run.words))
+    return (None, None) if was is None or now is None else (was, now)
 
 
 def _refuse_release(save: Path) -> None:

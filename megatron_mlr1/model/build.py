@@ -18,12 +18,28 @@ REQUIRED: dict[str, object] = {
     "add_bias_linear": False,
     "use_mup": False,
     "mtp_num_layers": None,
+    "activation_func": silu,
+    "activation_func_clamp_value": None,
+    "glu_linear_offset": 0.0,
+    "num_moe_experts": None,
+    "multi_latent_attention": False,
+    "experimental_attention_variant": None,
+    "linear_attention_freq": None,
+    "heterogeneous_block_specs": False,
 }
 """What makes a decoder a MobileLLM-R1, by the names of the engine's configuration.
 
-The last two change what the head gives: factors of muP, and layers that predict further tokens.
-Neither the fused losses nor the published layout know them.
+muP and layers that predict further tokens change what the head gives; neither the fused losses nor
+the published layout know them. What follows them would ask for other layers than `block_spec`
+gives: they would be built as ever, and the flag would do nothing.
 """
+
+UNKNOWN_TO_TORCH: dict[str, object] = {
+    "window_size": None,
+    "softmax_type": "vanilla",
+    "layernorm_zero_centered_gamma": False,
+}
+"""What Transformer Engine's attention and norms know and ours, which are torch's, do not."""
 
 
 def finish(config: TransformerConfig) -> TransformerConfig:
@@ -34,14 +50,17 @@ def finish(config: TransformerConfig) -> TransformerConfig:
     would.
 
     Raises:
-        ConfigError: a value that the architecture fixes is another one.
+        ConfigError: a value that the architecture fixes is another one, or the layers do not know
+            one.
     """
     for name, value in REQUIRED.items():
         if getattr(config, name) != value:
             raise ConfigError(
-                f"{name} is {getattr(config, name)!r}; a MobileLLM-R1 has {value!r}. Take out the "
-                "flag that changes it, or name the model with --model, which sets it."
+                f"{name} is {_text(getattr(config, name))}; a MobileLLM-R1 has {_text(value)}. "
+                "Take out the flag that changes it, or name the model with --model, which sets it."
             )
+    if config.transformer_impl != "transformer_engine":
+        _refuse_unknown_to_torch(config)
     if config.num_attention_heads % config.num_query_groups:
         raise ConfigError(
             f"{config.num_attention_heads} attention heads do not split over "
@@ -53,6 +72,22 @@ def finish(config: TransformerConfig) -> TransformerConfig:
     config.use_te_activation_func = True
     config.bias_activation_fusion = False
     return config
+
+
+def _text(value: object) -> str:
+    """Write a value for a person: a function by its name alone."""
+    return str(getattr(value, "__name__", repr(value)))
+
+
+def _refuse_unknown_to_torch(config: TransformerConfig) -> None:
+    for name, value in UNKNOWN_TO_TORCH.items():
+        if getattr(config, name) != value:
+            raise ConfigError(
+                f"{name} is {getattr(config, name)!r}, and the layers of --transformer-impl "
+                f"{config.transformer_impl} know {value!r} alone. Take out the flag that changes "
+                "it, or install Transformer Engine (pip install --no-build-isolation '.[fp8]') and "
+                "set --transformer-impl transformer_engine."
+            )
 
 
 def transformer_config(shape: ModelShape, *, norm_epsilon: float) -> TransformerConfig:
@@ -67,7 +102,6 @@ def transformer_config(shape: ModelShape, *, norm_epsilon: float) -> Transformer
             kv_channels=shape.kv_channels,
             layernorm_epsilon=norm_epsilon,
             init_method_std=0.02,
-            activation_func=silu,
             attention_dropout=0.0,
             hidden_dropout=0.0,
             transformer_impl="local",

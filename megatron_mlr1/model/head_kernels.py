@@ -12,6 +12,9 @@ from megatron_mlr1.ops.libraries import require
 LIBRARIES = ("liger", "quack", "te")
 """Implementations that are a package of somebody else's."""
 
+OF_ENGINE = ("reference", "te")
+"""Implementations that have the engine's output layer make the logits."""
+
 ONE_SHARD = (
     ("linear_cross_entropy", "liger"),
     ("linear_cross_entropy", "quack"),
@@ -42,6 +45,9 @@ class HeadRun:
 
     sparse: bool = False
     """Whether its targets are sparse."""
+
+    fsdp: bool = False
+    """Whether every weight is split over the replicas, and whole for its layer's call alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +88,7 @@ class HeadKernels:
             MachineError: a library that was chosen does not run here.
         """
         self._refuse_graph(run)
+        self._refuse_fsdp(run)
         chosen = {"linear_cross_entropy": self.cross_entropy}
         if run.distils:
             chosen["linear_kl"] = self.divergence
@@ -109,6 +116,25 @@ class HeadKernels:
                 f"--mlr1-kernels linear_kl={self.divergence} takes the teacher's hidden states "
                 "alone, and --kd-form asks for sparse targets. Choose linear_kl=mlr1, or --kd-form "
                 "hidden."
+            )
+
+    def _refuse_fsdp(self, run: HeadRun) -> None:
+        if not run.fsdp:
+            return
+        fused = "--use-torch-fsdp2 and --use-megatron-fsdp do not go with"
+        why = (
+            "they make the head's weight whole for a call of the engine's output layer alone, and "
+            "these losses read it without one"
+        )
+        if run.distils:
+            raise ConfigError(
+                f"{fused} --teacher: {why}. Take --use-distributed-optimizer in their place."
+            )
+        if self.cross_entropy not in OF_ENGINE:
+            raise ConfigError(
+                f"{fused} --mlr1-kernels linear_cross_entropy={self.cross_entropy}: {why}. Take "
+                "--use-distributed-optimizer in their place, or choose "
+                "linear_cross_entropy=reference."
             )
 
     def _refuse_graph(self, run: HeadRun) -> None:

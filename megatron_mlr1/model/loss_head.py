@@ -28,7 +28,7 @@ from megatron_mlr1.losses.language_model import (
     summed_by,
 )
 from megatron_mlr1.losses.vocab_parallel import Deliver, Foreseen, TensorParallel, add_to_grad
-from megatron_mlr1.model.head_kernels import HeadKernels
+from megatron_mlr1.model.head_kernels import OF_ENGINE, HeadKernels
 from megatron_mlr1.ops import libraries
 from megatron_mlr1.ops.head_chunks import Chunks
 from megatron_mlr1.ops.linear_kl import Head
@@ -123,7 +123,7 @@ class LossHead:
             "--defer-embedding-wgrad-compute": config.defer_embedding_wgrad_compute,
             "--fp8-output-proj": is_mxfp8_output_proj_active(config),
         }
-        fused = kernels.cross_entropy not in ("reference", "te") or teacher is not None
+        fused = kernels.cross_entropy not in OF_ENGINE or teacher is not None
         for flag, given in refused.items():
             if given and fused:
                 raise ConfigError(
@@ -164,7 +164,7 @@ class LossHead:
             output_weight=output_weight,
             model_loss=compute_language_model_loss,
         )
-        if self._kernels.cross_entropy not in ("reference", "te") or context is not None:
+        if self._kernels.cross_entropy not in OF_ENGINE or context is not None:
             _let_parameters_arrive(output_layer)
         if context is None:
             num_ids = self._vocab_size if self._teacher is None else self._teacher.num_ids
@@ -188,7 +188,7 @@ class LossHead:
             foresees: whether the loss goes on to the schedule as it is.
         """
         kernel = self._kernels.cross_entropy
-        if kernel in ("reference", "te"):
+        if kernel in OF_ENGINE:
             losses = self._losses_of_logits(batch, kernel)
             total, tokens, report = masked_sum(losses, batch.mask)
             return MicroBatchLoss(total=total, tokens=tokens, report=report)

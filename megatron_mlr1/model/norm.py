@@ -19,5 +19,24 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise [..., hidden_size] to the same shape and dtype."""
-        return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        """Normalise [..., hidden_size] to the same shape, in the weight's dtype.
+
+        An fp32 residual of a bf16 model is wider than what the linear layer behind takes.
+        """
+        weight = self.weight.to(x.dtype)
+        return nn.functional.rms_norm(x, weight.shape, weight, self.eps).to(self.weight.dtype)
+
+
+class FinalRMSNorm(RMSNorm):
+    """The norm behind the last layer, with the empty state that Transformer Engine's would have.
+
+    The other norms are stored as parts of the linear layers behind them, which have that state with
+    either implementation. Without this one a checkpoint that torch's modules wrote would not load
+    into Transformer Engine's.
+    """
+
+    def get_extra_state(self) -> None:
+        """Give what is stored under `_extra_state`: nothing."""
+
+    def set_extra_state(self, state: object) -> None:
+        """Take what was stored, by either implementation; there is nothing to keep."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
+from megatron.core.extensions.transformer_engine import TEActivationOp
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from megatron_mlr1.errors import ConfigError
 from megatron_mlr1.model.attention import CausalAttention
 from megatron_mlr1.model.fp8_activation import Fp8SwiGLU, build_fed
-from megatron_mlr1.model.norm import RMSNorm
+from megatron_mlr1.model.norm import FinalRMSNorm, RMSNorm
 from megatron_mlr1.model.self_attention import FusedSelfAttention
 from megatron_mlr1.ops import swiglu as activation
 from megatron_mlr1.ops.libraries import require
@@ -37,7 +38,7 @@ from megatron_mlr1.ops.libraries import require
 Kernel = Literal["reference", "mlr1", "mlr1_fp8", "liger", "te"]
 """Implementations of the activation: those of `megatron_mlr1.ops.swiglu`, but "reference" on a GPU
 is the engine's own, see `engine_swiglu`; "mlr1_fp8", which quantises for the layer behind it
-(`model.fp8_activation`); and "te", Transformer Engine's own, which the engine builds."""
+(`model.fp8_activation`); and "te", Transformer Engine's own."""
 
 RotationKernel = Literal["reference", "mlr1"]
 """Who splits, normalises and rotates the fused QKV: the engine, or `FusedSelfAttention`."""
@@ -55,6 +56,24 @@ class SwiGLU(nn.Module):
         if self.kernel == "reference" and gate_up.is_cuda:
             return engine_swiglu(gate_up)
         return activation.swiglu(gate_up, kernel=self.kernel)
+
+
+class TeSwiGLU(nn.Module):
+    """The same by Transformer Engine, without a state of its own.
+
+    The op has no weights but stores an empty state, and a checkpoint that another activation's run
+    wrote would not load into it.
+    """
+
+    def __init__(self, *, config: TransformerConfig) -> None:
+        super().__init__()
+        # In a list, so that it does not become a part of this module.
+        self._op = [TEActivationOp(config=config)]
+
+    def forward(self, gate_up: Tensor) -> Tensor:
+        """Give silu(gate) * up for [gate | up]."""
+        out: Tensor = self._op[0](gate_up)
+        return out
 
 
 def engine_swiglu(gate_up: Tensor) -> Tensor:
@@ -88,7 +107,7 @@ def block_spec(
         return ModuleSpec(module=TransformerLayer, submodules=submodules)
     layer = ModuleSpec(module=TransformerLayer, submodules=_torch(swiglu_kernel, attention))
     num_layers = get_num_layers_to_build(config, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=FinalRMSNorm)
 
 
 def refuse_missing(swiglu_kernel: Kernel, transformer_impl: str) -> None:
@@ -109,8 +128,10 @@ def refuse_missing(swiglu_kernel: Kernel, transformer_impl: str) -> None:
         require("liger")
 
 
-def _activation(kernel: activation.Kernel | Literal["mlr1_fp8"]) -> Callable[..., nn.Module]:
-    return Fp8SwiGLU if kernel == "mlr1_fp8" else partial(SwiGLU, kernel=kernel)
+def _activation(kernel: Kernel) -> Callable[..., nn.Module]:
+    if kernel == "mlr1_fp8":
+        return Fp8SwiGLU
+    return TeSwiGLU if kernel == "te" else partial(SwiGLU, kernel=kernel)
 
 
 def _mlp(kernel: Kernel, build: Callable[..., MLP]) -> Callable[..., nn.Module]:
@@ -124,10 +145,9 @@ def _transformer_engine(
         qk_l2_norm=True, use_te_activation_func=True
     )
     layer.self_attention.module = attention
-    if kernel != "te":
-        # The engine's MLP builder carries its submodules as a keyword.
-        layer.mlp.keywords["submodules"].activation_func = _activation(kernel)
-        layer.mlp = _mlp(kernel, layer.mlp)
+    # The engine's MLP builder carries its submodules as a keyword.
+    layer.mlp.keywords["submodules"].activation_func = _activation(kernel)
+    layer.mlp = _mlp(kernel, layer.mlp)
     return layer
 
 

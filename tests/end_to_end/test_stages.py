@@ -11,6 +11,9 @@ from tests.end_to_end.conftest import LAST, record
 
 cpu.activate()
 
+from megatron.core.num_microbatches_calculator import (  # noqa: E402
+    unset_num_microbatches_calculator,
+)
 from megatron.training.global_vars import destroy_global_vars  # noqa: E402
 
 
@@ -41,6 +44,19 @@ def test_megatrons_order_is_taken_where_asked_and_not_by_chance(train, from_step
     assert set(record(save)) == {6, 7}
     assert sum(record(save)[7]["corpus_tokens"].values()) == record(save)[7]["tokens"]
     assert json.loads((save / "run.json").read_text())["dataset"] == "megatron"
+
+
+def test_another_schedule_is_refused_unless_it_is_meant(train, from_step_five):
+    save = from_step_five("save")
+    words = ("--train-iters", "30", "--exit-interval", "7")
+    refused = train(save, *words)
+    assert refused.code != 0
+    assert "error: The checkpoint is of another schedule" in refused.output
+    assert "--override-opt-param-scheduler" in refused.output
+    assert "Traceback" not in refused.output
+    done = train(save, *words, "--override-opt-param-scheduler")
+    assert done.code == 0, done.output[-3000:]
+    assert set(record(save)) == {6, 7}
 
 
 def test_the_mixture_changes_at_its_sample(train, corpora, from_step_five):
@@ -98,7 +114,17 @@ BAD = {
         ("--model", "tiny", "--stage", "pretrain_phase1", "--mock-data"),
         "There is no tokenizer",
     ),
+    "a folder of a tokenizer that is not there": (
+        (*MOCK[:5], "--tokenizer-model", "/nowhere"),
+        "--tokenizer-model /nowhere is not a folder",
+    ),
+    "layers of another model": ((*MOCK, "--spec", "megatron.core", "layers"), "Leave it out"),
     "a flag that the engine refuses": ((*MOCK, "--seq-length", "9999"), "max_position_embeddings"),
+    "weights that only their own layer sees": (
+        (*MOCK, "--use-torch-fsdp2", "--untie-embeddings-and-output-weights"),
+        "linear_cross_entropy=mlr1: they make the head's weight whole",
+    ),
+    "a window that torch's attention does not know": ((*MOCK, "--window-size", "8,0"), "window"),
     "heads that do not split": (
         (*MOCK, "--num-query-groups", "3"),
         "4 attention heads do not split",
@@ -109,9 +135,12 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_words_end_in_one_error_and_exit_code_two(case, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train"])
+    # A case before may have set it, as a run does.
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
     words, expected = BAD[case]
     assert main(words) == 2
     destroy_global_vars()
+    unset_num_microbatches_calculator()
     errors = capsys.readouterr().err
     assert errors.count("error: ") == 1
     assert expected in errors

@@ -62,6 +62,28 @@ def test_initial_state_changes_no_step():
     assert torch.equal(*results)
 
 
+def loads_from_another(*, fitted: bool) -> torch.optim.Optimizer:
+    """An optimizer that wants more of its groups than the one whose state it takes has."""
+    parameter = torch.nn.Parameter(torch.ones(3))
+    saved = torch.optim.Adam([parameter], lr=0.1).state_dict()
+    saved["param_groups"][0]["step"] = 5.0
+    other = torch.optim.NAdam([parameter], lr=0.2, momentum_decay=0.25)
+    if fitted:
+        other.register_load_state_dict_post_hook(mends.fit_groups)
+    other.load_state_dict(saved)
+    parameter.grad = torch.ones(3)
+    other.step()
+    return other
+
+
+def test_an_optimizer_goes_on_from_groups_of_another_kind():
+    (group,) = loads_from_another(fitted=True).param_groups
+    assert (group["lr"], group["momentum_decay"], group["step"]) == (0.1, 0.25, 5)
+    assert isinstance(group["step"], int)
+    with pytest.raises(KeyError, match="momentum_decay"):
+        loads_from_another(fitted=False)
+
+
 def test_mending_twice_is_mending_once():
     mends.apply()
     once = megatron.training.training.get_megatron_optimizer

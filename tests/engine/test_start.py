@@ -51,6 +51,26 @@ def test_a_run_goes_on_from_its_own_last_checkpoint(tmp_path):
     assert found.words == ("--load", str(save))
 
 
+def test_another_length_of_samples_is_refused_unless_it_is_meant(tmp_path):
+    of_2048, of_4096 = (replace(a_run(), words=("--seq-length", n)) for n in ("2048", "4096"))
+    save = checkpoint(tmp_path / "save", of_2048)
+    with pytest.raises(ConfigError, match=r"--seq-length 2048, and this one has 4096"):
+        start(of_4096, save=save)
+    assert start(of_4096, save=save, new_data_order=True).words == ("--load", str(save))
+    assert start(of_2048, save=save).words == ("--load", str(save))
+
+
+@pytest.mark.parametrize("flag", ["--lr", "--min-lr"])
+def test_another_learning_rate_is_refused_where_the_optimizer_goes_on(tmp_path, flag):
+    was, same, now = (replace(a_run(), words=(flag, rate)) for rate in ("4e-3", "0.004", "3e-3"))
+    save = checkpoint(tmp_path / "save", was)
+    assert start(same, save=save).words == ("--load", str(save))
+    with pytest.raises(ConfigError, match=f"{flag} 4e-3, and this one has 3e-3"):
+        start(now, save=save)
+    anew = replace(now, words=(*now.words, "--no-load-optim"))
+    assert start(anew, save=save).words == ("--load", str(save))
+
+
 def written_over(folder: Path, backend: str) -> None:
     """Let a folder's checkpoint say over which backend its run spoke."""
     iteration = folder / "iter_0000005"

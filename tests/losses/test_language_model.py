@@ -69,3 +69,18 @@ def test_a_batch_in_which_nothing_counts_has_zero_gradients():
     assert (done.total.item(), done.tokens.item()) == (0.0, 0)
     assert hidden.grad is not None
     assert not hidden.grad.any()
+
+
+def test_a_factor_that_half_precision_cannot_hold_is_taken_as_it_is():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(64, 8).bfloat16(), torch.randn(30, 8).bfloat16()
+    labels, mask = torch.randint(0, 30, (64,)), torch.ones(64)
+    grads = []
+    for factor in (1.0, 1 / 3):
+        h = hidden.clone().requires_grad_()
+        (fused(h, weight, labels, mask).total * factor).backward()
+        assert h.grad is not None
+        grads.append(h.grad.double().abs().sum())
+    # 1 / 3 is off by 2^-9 in bf16, which would make every element so much too large. Each is
+    # rounded by up to 2^-9 as it is, this way and that.
+    assert abs(float(3 * grads[1] / grads[0]) - 1) < 2**-11

@@ -35,6 +35,7 @@ def test_the_default_and_the_reference_work_in_every_layout():
     for run in (PLAIN, KD, SPLIT, replace(SPLIT, sparse=True), GRAPH, replace(PLAIN, packed=True)):
         HeadKernels().refuse(run)
     HeadKernels(cross_entropy="reference").refuse(SPLIT)
+    HeadKernels(cross_entropy="reference").refuse(replace(PLAIN, fsdp=True))
     HeadKernels(divergence="reference").refuse(KD)
     HeadKernels(logits="bf16").refuse(PLAIN)
     HeadKernels(cross_entropy="reference", logits="bf16").refuse(KD)
@@ -53,6 +54,8 @@ def test_the_default_and_the_reference_work_in_every_layout():
         ({}, replace(GRAPH, distils=True), "with --teacher"),
         ({}, replace(GRAPH, packed=True), "documents kept apart"),
         ({"cross_entropy": "liger"}, GRAPH, "counts tokens on the host"),
+        ({}, replace(PLAIN, fsdp=True), "linear_cross_entropy=mlr1: they make"),
+        ({"cross_entropy": "reference"}, replace(KD, fsdp=True), "with --teacher: they make"),
     ],
     ids=str,
 )

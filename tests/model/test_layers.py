@@ -191,6 +191,22 @@ def test_the_norm_is_its_definition(shape):
         torch.testing.assert_close(got, want)
 
 
+def test_an_fp32_residual_comes_out_in_the_weights_type():
+    config = replace(transformer_config(SHAPE, norm_epsilon=1e-5), params_dtype=torch.bfloat16)
+    norm = RMSNorm(config=config, hidden_size=24, eps=1e-5)
+    torch.manual_seed(1)
+    x = torch.randn(3, 2, 24, requires_grad=True)
+    with torch.no_grad():
+        norm.weight.copy_(torch.randn(24))
+    y = norm(x)
+    exact = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * norm.weight.float()
+    # Rounded once, from the fp32 result.
+    torch.testing.assert_close(y.float(), exact, rtol=2**-8, atol=1e-6)
+    y.float().sum().backward()
+    assert (x.grad.dtype, norm.weight.grad.dtype) == (torch.float32, torch.bfloat16)
+    assert y.dtype == torch.bfloat16
+
+
 def test_the_norm_is_marked_for_sequence_parallelism():
     config = transformer_config(SHAPE, norm_epsilon=1e-5)
     parallel = replace(config, tensor_model_parallel_size=2, sequence_parallel=True)
@@ -212,6 +228,12 @@ def test_output_projections_start_like_every_other_layer():
         ("rotary_interleaved", False),
         ("use_mup", True),
         ("mtp_num_layers", 1),
+        ("activation_func", torch.nn.functional.gelu),
+        ("activation_func_clamp_value", 7.0),
+        ("glu_linear_offset", 1.0),
+        ("num_moe_experts", 2),
+        ("experimental_attention_variant", "dsa"),
+        ("linear_attention_freq", 2),
     ],
 )
 def test_another_architecture_is_refused(name, value):
@@ -219,3 +241,20 @@ def test_another_architecture_is_refused(name, value):
     setattr(config, name, value)
     with pytest.raises(ConfigError, match=name):
         finish(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("window_size", (8, 0)),
+        ("softmax_type", "off-by-one"),
+        ("layernorm_zero_centered_gamma", True),
+    ],
+)
+def test_what_torchs_layers_do_not_know_is_refused_with_them_alone(name, value):
+    config = transformer_config(SHAPE, norm_epsilon=1e-5)
+    setattr(config, name, value)
+    with pytest.raises(ConfigError, match=f"{name} is .* --transformer-impl local"):
+        finish(config)
+    config.transformer_impl = "transformer_engine"
+    finish(config)

@@ -15,6 +15,7 @@ from megatron_mlr1.model.build import transformer_config  # noqa: E402
 from megatron_mlr1.model.self_attention import FusedSelfAttention  # noqa: E402
 from megatron_mlr1.model.spec import (  # noqa: E402
     SwiGLU,
+    TeSwiGLU,
     block_spec,
     engine_swiglu,
     refuse_missing,
@@ -86,10 +87,8 @@ def test_on_a_gpu_the_reference_keeps_its_input_alone():
     ("kernel", "expected"), [("mlr1", FusedSelfAttention), ("reference", SelfAttention)]
 )
 def test_transformer_engines_layers_get_the_attention_that_is_asked_for(kernel, expected):
-    from megatron.core.extensions.transformer_engine import TEActivationOp
-
     config = transformer_config(SHAPE, norm_epsilon=1e-5)
     config.transformer_impl = "transformer_engine"
     spec = block_spec(config, swiglu_kernel="te", qk_norm_rope_kernel=kernel)
     assert spec.submodules.self_attention.module is expected
-    assert spec.submodules.mlp.keywords["submodules"].activation_func is TEActivationOp
+    assert spec.submodules.mlp.keywords["submodules"].activation_func is TeSwiGLU

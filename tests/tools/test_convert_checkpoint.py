@@ -2,8 +2,10 @@
 
 import json
 import runpy
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +17,8 @@ CONFIG = Path(__file__).parents[1] / "checkpoint" / "mobilellm_r1_140m.json"
 
 
 @pytest.fixture(scope="module")
-def main() -> Callable[[list[str]], int]:
-    program: Callable[[list[str]], int] = runpy.run_path(str(PROGRAM))["main"]
+def main() -> Callable[[list[str]], None]:
+    program: Callable[[list[str]], None] = runpy.run_path(str(PROGRAM))["main"]
     return program
 
 
@@ -37,14 +39,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_there_and_back(
-    main: Callable[[list[str]], int], folder: Path, capsys: pytest.CaptureFixture[str]
+    main: Callable[[list[str]], None], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     there, back = str(folder / "megatron"), str(folder / "back")
-    assert main(["hf-to-megatron", "--load", str(folder / "hf"), "--save", there, "--verify"]) == 0
+    main(["hf-to-megatron", "--load", str(folder / "hf"), "--save", there, "--verify"])
     printed = capsys.readouterr().out
     assert f"{there}: " in printed
     assert "verified: largest logit difference" in printed
-    assert main(["megatron-to-hf", "--load", there, "--save", back, "--dtype", "bf16"]) == 0
+    main(["megatron-to-hf", "--load", there, "--save", back, "--dtype", "bf16"])
     assert "bfloat16" in capsys.readouterr().out
     assert json.loads((folder / "back/config.json").read_text())["torch_dtype"] == "bfloat16"
 
@@ -61,3 +63,18 @@ def test_an_error_is_its_message_alone(folder: Path) -> None:
     # The line before it is CPU mode's own; on a machine with CUDA there is none.
     assert len(lines) <= 2
     assert not (folder / "none").exists()
+
+
+def test_a_signal_ends_it_without_a_traceback_and_leaves_nothing(folder: Path) -> None:
+    words = ["hf-to-megatron", "--load", str(folder / "hf"), "--save", str(folder / "stopped")]
+    program = subprocess.Popen(
+        [sys.executable, str(PROGRAM), *words, "--verify"], stderr=subprocess.PIPE, text=True
+    )
+    while not list(folder.glob(".stopped*")):
+        assert program.poll() is None, "it ended before it was stopped"
+        time.sleep(0.01)
+    program.send_signal(signal.SIGTERM)
+    _, told = program.communicate(timeout=120)
+    assert program.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in told
+    assert not [path for path in folder.iterdir() if "stopped" in path.name]
