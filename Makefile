@@ -30,6 +30,10 @@ SETUP ?= yes
 # With SETUP=no nothing is installed, so this folder itself is where Python finds the package.
 ifeq ($(SETUP),no)
 RUN := $(or $(PYTHON),python)
+# The examples call `python`.
+ifneq ($(findstring /,$(PYTHON)),)
+export PATH := $(dir $(PYTHON)):$(PATH)
+endif
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 else
 RUN := python

@@ -6,6 +6,7 @@ import csv
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -130,7 +131,8 @@ def _write_picture(
             draw_readings(readings, heading, most_epochs, file)
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise MachineError(
             f"{path} cannot be written ({error.strerror}). Give --output in a folder that is "
             "there, may be written and has room."

@@ -1,12 +1,13 @@
 """List the packaged recipes, or show the engine flags of one with the source of each value."""
 
 import shlex
+import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 
 from megatron_mlr1.ending import clean_exit
 from megatron_mlr1.recipes import Plan, expand
-from megatron_mlr1.recipes.sheet import mixture, names, packaged
+from megatron_mlr1.recipes.sheet import common, mixture, names, packaged
 
 EXAMPLES = """examples:
   python tools/recipes.py list
@@ -68,11 +69,24 @@ def _show(arguments: Namespace, rest: Sequence[str]) -> str:
     plan = expand(
         ["--model", arguments.model, "--stage", arguments.stage, *rest], arguments.world_size
     )
+    _say_what_is_not_checked(plan)
     words = shlex.join(plan.words)
     if arguments.format == "words":
         return words
     rows = [[f"--{flag.name}", " ".join(flag.values), flag.source] for flag in plan.flags]
     return "\n\n".join((_columns([["flag", "value", "source"], *rows]), *_data(plan), words))
+
+
+def _say_what_is_not_checked(plan: Plan) -> None:
+    sheets = [common(), *(packaged(kind, n) for kind in ("models", "stages") for n in names(kind))]
+    known = {flag.name for sheet in sheets for flag in sheet.flags}
+    others = [f"--{flag.name}" for flag in plan.flags if flag.name not in known]
+    if others:
+        print(
+            f"not checked: {', '.join(others)}; no recipe has it. A run refuses what Megatron does "
+            "not know.",
+            file=sys.stderr,
+        )
 
 
 def _data(plan: Plan) -> list[str]:

@@ -32,6 +32,8 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--steps", type=int, default=300)
     options = parser.parse_args()
+    if options.steps <= WARMUP:
+        parser.error(f"--steps is {options.steps}; it must be above the {WARMUP} of the warm-up")
     try:
         corpora = resolve(mixture(options.mixture), options.data_root)
         tokens = [training_tokens(corpus) for corpus in corpora]

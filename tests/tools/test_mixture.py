@@ -88,6 +88,7 @@ def test_plot_writes_a_picture(main: Main, tmp_path: Path) -> None:
         (["show", "pretrain_phase1", "--model", "950m"], "give both, or neither"),
         (["show", "pretrain_phase1", *STAGE, "--data-root", "/nowhere"], "7 cannot be read"),
         (["plot", "pretrain_phase1", *STAGE, "--output", "/nowhere/m.png"], "cannot be written"),
+        (["plot", "pretrain_phase1", *STAGE, "--output", "/dev/null/m.png"], "cannot be written"),
     ],
 )
 def test_a_wrong_word_ends_it_with_the_message_alone(

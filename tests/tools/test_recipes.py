@@ -52,6 +52,15 @@ def test_show_prints_the_words_alone_with_the_users_laid_over(
     assert words.count("--lr") == 1
 
 
+def test_flags_that_no_recipe_has_are_said_to_be_unchecked(
+    main: Callable[[list[str]], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["show", "tiny", "pretrain_phase1", "--lr", "1e-3", "--tensor-model-paralel-size", "2"])
+    told = capsys.readouterr().err
+    assert told.startswith("not checked: --tensor-model-paralel-size; ")
+    assert "--lr" not in told
+
+
 def test_a_wrong_name_ends_with_the_message_alone(
     main: Callable[[list[str]], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
