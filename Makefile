@@ -135,6 +135,19 @@ extension: $(INSTALLED) ## the compiled ops again, and stop if they cannot be bu
 	@rm -f $(EXTENSION)
 	@$(MAKE) $(EXTENSION) MLR1_EXTENSION=require
 
+# For tests/end_to_end/test_transformer_engine.py: what it imports, pinned, without what torch brings.
+TE_SOURCES := build/transformer_engine
+TE_PACKAGES := transformer-engine onnx onnx-ir onnxscript ml_dtypes einops nvdlfw_inspect
+
+.PHONY: te-sources
+te-sources: $(TE_SOURCES)/.installed ## Transformer Engine's Python, whose kernels the tests bring
+
+$(TE_SOURCES)/.installed: constraints.txt | $(INSTALLED)
+	@rm -rf $(TE_SOURCES)
+	@python -m pip install --quiet --no-deps --constraint constraints.txt --target $(TE_SOURCES) \
+	    $(TE_PACKAGES) </dev/null
+	@touch $@
+
 .PHONY: clean
 clean: ## remove what setup made: .venv, build, caches (nothing that was trained)
 	rm -rf $(VENV) build dist megatron_mlr1.egg-info megatron_mlr1/_C*.so
