@@ -25,6 +25,8 @@ ATTENTION = ("--attention-backend", "unfused")
 
 def load() -> None:
     """Import Transformer Engine and the engine in CPU mode, on a device that says it is an H100."""
+    for name in [name for name in os.environ if name.startswith("NVTE_")]:
+        del os.environ[name]  # of a run before, in the process that this one was started by
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "8"}
     # No search for its compiled half and for CUDA's libraries.
     os.environ["NVTE_PROJECT_BUILDING"] = "1"
