@@ -7,6 +7,8 @@
 //     mask and from all 32 lanes;
 //   - __syncthreads() is reached by all threads of a block, the calls below by all of a cluster;
 //   - what the block of another rank wrote is read through cluster_shared();
+//   - what several threads write at a time they write by atomicMax, atomicOr or store_together(): all
+//     else that no barrier orders is a race, and ends a test;
 //   - a .cu launches by launch() or RowLaunch of common/launch.h, on the device of a CUDAGuard, and
 //     registers its rows by TORCH_LIBRARY_IMPL(mlr1, CUDA, m). What it asks of CUDA's runtime beyond
 //     that, the stand-ins in tests/csrc/cuda_host/ must learn.

@@ -33,6 +33,7 @@ from megatron_mlr1.engine.metrics import Metrics
 from megatron_mlr1.errors import ConfigError
 from megatron_mlr1.model.build import finish
 from megatron_mlr1.model.head_kernels import HeadKernels, HeadRun
+from megatron_mlr1.model.precision import transformer_engine_version
 from megatron_mlr1.model.shape import ModelShape
 from megatron_mlr1.model.spec import Kernel, block_spec, refuse_missing
 from megatron_mlr1.options import Mlr1Options, add_mlr1_arguments
@@ -199,6 +200,12 @@ def _configure(words: Sequence[str]) -> tuple[Namespace, GPTModelConfig]:
             f"Megatron-Core refuses these flags: {reason}. Change the flag that it names; `--help` "
             "lists them all."
         ) from error
+    if args.transformer_impl == "transformer_engine" and transformer_engine_version() is None:
+        raise ConfigError(
+            "--transformer-impl transformer_engine is given, and there is none here; in CPU mode "
+            "there never is. Leave the flag out, or install it on a machine with a GPU (pip "
+            "install --no-build-isolation 'megatron_mlr1[fp8]')."
+        )
     finish(model.transformer)
     if args.dataloader_inter_document_masking:
         # Stages hand on [B * S, 1, H] then, where the engine expects [S, B, H].

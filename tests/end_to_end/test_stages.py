@@ -118,6 +118,10 @@ BAD = {
         (*MOCK[:5], "--tokenizer-model", "/nowhere"),
         "--tokenizer-model /nowhere is not a folder",
     ),
+    "layers that are not there": (
+        (*MOCK, "--transformer-impl", "transformer_engine"),
+        "there is none here",
+    ),
     "layers of another model": ((*MOCK, "--spec", "megatron.core", "layers"), "Leave it out"),
     "a flag that the engine refuses": ((*MOCK, "--seq-length", "9999"), "max_position_embeddings"),
     "weights that only their own layer sees": (
