@@ -2,7 +2,8 @@
 
 Each replica that joins adds a file, `00000007.joined`, one number behind the newest. A file gets
 its name by a hard link, so it is whole when it is there, and of those who try for one number a
-single one succeeds, on NFS too. The newest counts, and its writer removes the older ones.
+single one succeeds, on NFS too. The newest counts. The older ones keep their numbers taken for
+whoever read the roll a while ago; those that are `KEPT` numbers behind are removed.
 """
 
 import json
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Final
 from uuid import uuid4
 
+KEPT: Final = 256
+"""Entries that stay."""
 MAX_ENTRY_BYTES: Final = 4096
 LOOK_AGAIN_S: Final = 0.02
 _NAME: Final = re.compile(r"(\d{8,15})\.joined")
@@ -52,6 +55,8 @@ def newest(folder: Path) -> Entry | None:
 def append(folder: Path, entry: Entry) -> bool:
     """Add an entry behind the newest, on the disk; False if somebody else was faster.
 
+    Entries that are `KEPT` numbers behind the newest are removed.
+
     Raises:
         OSError: the folder cannot be written, or has no hard links.
     """
@@ -66,14 +71,12 @@ def append(folder: Path, entry: Entry) -> bool:
             return False
     finally:
         partial.unlink(missing_ok=True)
-    # A number that was used and removed is free again to whoever read the roll before that.
     numbers = _numbers(folder)
-    if max(numbers, default=0) != entry.number:
-        path.unlink(missing_ok=True)
-        return False
-    for number in numbers[:-1]:
-        _path(folder, number).unlink(missing_ok=True)
-    return True
+    oldest = max(numbers, default=0) - KEPT + 1
+    for number in numbers:
+        if number < oldest:
+            _path(folder, number).unlink(missing_ok=True)
+    return entry.number >= oldest  # else the number was taken before, and removed
 
 
 def _link(partial: Path, path: Path) -> bool:

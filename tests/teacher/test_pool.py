@@ -92,7 +92,13 @@ def test_of_different_teachers_that_come_together_one_is_let_in(tmp_path, before
             assert roll.append(folder, long_ago)
         let_in = come_together(folder, [first, second] * 4)
         assert let_in in ([first] * 4, [second] * 4)
-        assert len(list(folder.iterdir())) == 1, "older entries are removed"
+        numbers = range(1, 5) if before == "nobody" else range(7, 12)
+        assert entries(folder) == list(numbers)
+
+
+def entries(folder):
+    """Numbers of all entries of a pool's roll that holds nothing else."""
+    return sorted(int(path.name.removesuffix(".joined")) for path in folder.iterdir())
 
 
 def test_who_joined_is_there_before_its_lease_is(tmp_path):

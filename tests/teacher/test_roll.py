@@ -3,6 +3,7 @@ import threading
 
 import pytest
 
+from megatron_mlr1.teacher import roll
 from megatron_mlr1.teacher.roll import Entry, append, newest
 
 
@@ -10,13 +11,35 @@ def entry(number, name="a"):
     return Entry(number=number, name=name, fingerprint="f" * 32, expires=5.0)
 
 
-def test_the_newest_entry_is_read_and_older_ones_are_removed(tmp_path):
+def test_the_newest_entry_is_read(tmp_path):
     assert newest(tmp_path) is None
     (tmp_path / "notes.txt").write_text("")
     for number in (1, 2, 10):
         assert append(tmp_path, entry(number))
         assert newest(tmp_path) == entry(number)
-    assert {path.name for path in tmp_path.iterdir()} == {"00000010.joined", "notes.txt"}
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_newest_entries_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(roll, "KEPT", 5)
+    (tmp_path / "notes.txt").write_text("")
+    for number in range(1, 9):
+        assert append(tmp_path, entry(number))
+    kept = [f"{number:08}.joined" for number in range(4, 9)]
+    assert names(tmp_path) == [*kept, "notes.txt"]
+
+
+@pytest.mark.parametrize("joined_since", [1, 2, 5, 10])
+def test_a_number_is_given_out_once(tmp_path, monkeypatch, joined_since):
+    monkeypatch.setattr(roll, "KEPT", 5)
+    for number in range(3, 3 + joined_since):
+        assert append(tmp_path, entry(number))
+    before = names(tmp_path)
+    assert not append(tmp_path, entry(3, "late"))
+    assert names(tmp_path) == before
 
 
 def test_of_many_that_try_for_one_number_one_succeeds(tmp_path):
@@ -34,15 +57,7 @@ def test_of_many_that_try_for_one_number_one_succeeds(tmp_path):
         for thread in threads:
             thread.join()
         assert [newest(tmp_path).name] == won
-    assert len(list(tmp_path.iterdir())) == 1, "who lost left nothing behind"
-
-
-def test_a_number_behind_which_others_joined_is_not_to_be_had(tmp_path):
-    assert append(tmp_path, entry(1))
-    assert append(tmp_path, entry(2))
-    assert not append(tmp_path, entry(1, "late"))
-    assert newest(tmp_path) == entry(2)
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.iterdir())) == 29, "who lost left nothing behind"
 
 
 @pytest.mark.parametrize(
