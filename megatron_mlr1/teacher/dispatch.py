@@ -187,7 +187,10 @@ class Dispatcher:
         return True
 
     def _ask_again(self, now: float) -> None:
-        """Give up lost answers, and ask a second replica for late ones within the budget."""
+        """Give up lost answers, and ask a second replica for late ones within the budget.
+
+        Work that a replica may have died of is with one at a time.
+        """
         for replica in list(self._replicas.living.values()):
             for number, flight in list(replica.flights.items()):
                 work, age_s = flight.work, now - flight.sent_at
@@ -197,7 +200,7 @@ class Dispatcher:
                     replica.connection.cancel(number, work.key)
                     self._land(replica, number)
                     self.add(work)
-                elif not work.hedged and not work.audited and age_s > usual_s:
+                elif not (work.hedged or work.audited or work.killed) and age_s > usual_s:
                     self._hedge(work, now)
 
     def _hedge(self, work: Work, now: float) -> None:

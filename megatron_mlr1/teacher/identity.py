@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import platform
 from pathlib import Path
 from typing import Any, Final
@@ -125,7 +126,7 @@ def weight_files(folder: Path) -> list[Path]:
         TeacherError: there is no folder, or none in it; weights in other formats are not read,
             because they can hold code.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # Path's raises where a name is too long
         raise TeacherError(f"{folder} is no folder; give the Hugging Face folder of the teacher.")
     files = sorted(folder.glob("*.safetensors"))
     if not files:

@@ -230,18 +230,17 @@ def make_pool(folder: Path) -> None:
 class LeaseKeeper:
     """Keeps one replica's lease fresh; called from time to time by the replica's own loop."""
 
-    def __init__(self, folder: Path, lease: Lease, life_s: float = LEASE_S) -> None:
+    def __init__(self, folder: Path, lease: Lease) -> None:
         """Prepare; nothing is written before `keep`.
 
         Args:
             folder: the pool.
             lease: what it says; `expires` is set anew with every renewal.
-            life_s: of the lease, from one renewal.
 
         Raises:
             MachineError: the folder cannot be made.
         """
-        self._folder, self._lease, self._life_s = folder, lease, life_s
+        self._folder, self._lease = folder, lease
         self._path = folder / f"{lease.name}{_SUFFIX}"
         self._renew_at = 0.0
         self._was_kept = self._is_late = False
@@ -262,7 +261,7 @@ class LeaseKeeper:
         """
         if time.monotonic() < self._renew_at:
             return
-        self._renew_at = time.monotonic() + self._life_s / 3
+        self._renew_at = time.monotonic() + LEASE_S / 3
         try:
             self._write()
             self._leave_to_other_teacher(roll.newest(self._folder))
@@ -281,7 +280,7 @@ class LeaseKeeper:
             self._sweep()
 
     def _write(self) -> None:
-        fields = asdict(self._lease) | {"expires": time.time() + self._life_s}
+        fields = asdict(self._lease) | {"expires": time.time() + LEASE_S}
         partial = self._path.with_suffix(_PARTIAL)
         try:
             partial.write_text(json.dumps(fields), "utf-8")
@@ -294,15 +293,15 @@ class LeaseKeeper:
     def _leave_to_other_teacher(self, last: roll.Entry | None) -> None:
         """Give the lease up if the pool has another teacher by now.
 
-        It is written before the roll is read, and an entry before the leases are: of two that come
-        together at least one sees the other.
+        Whoever joined while it was silent may have looked at the leases a moment before it was
+        written again; the next renewal at the latest finds that.
         """
         if last is None or last.fingerprint in ("", self._lease.fingerprint):
             return
         self.give_up()
         raise TeacherError(
             f"{self._folder} was free while this replica was silent for more than "
-            f"{self._life_s:.0f} s, and {last.name} brought the teacher {last.fingerprint}; this "
+            f"{LEASE_S:.0f} s, and {last.name} brought the teacher {last.fingerprint}; this "
             f"one is {self._lease.fingerprint}. A pool has one teacher. Stop one of the two, or "
             "name another folder by --pool."
         )

@@ -2,16 +2,18 @@
 
 import multiprocessing
 import os
+import random
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-GRACE_S = 10.0
+GRACE_S = 60.0
 """Between the end of one rank and a signal to the others, and before a harder signal."""
 
 
@@ -20,6 +22,19 @@ def forking_context() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.support.engine_loaded"])
     return context
+
+
+def free_port() -> int:
+    """Give a port to meet at, soon.
+
+    It is none of those that Linux gives to who asks for any: between this look and the meeting a
+    socket of another test could get it.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_768)
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 class Ranks:
@@ -34,9 +49,7 @@ class Ranks:
         """Start them; what they print goes to `log`."""
         self._log = log
         self._code: int | None = None
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         log.write_bytes(b"")
         context = forking_context()
         self._ranks: list[BaseProcess] = []

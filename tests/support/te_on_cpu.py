@@ -10,11 +10,12 @@ often its first rank called each kernel.
 
 import json
 import os
-import socket
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from tests.support.ranks import free_port
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "build/transformer_engine"
@@ -84,9 +85,7 @@ def _asked_by(*modules: str) -> bool:
 
 def run(words: list[str], log: Path, ranks: int) -> int:
     """Train in processes of their own; give the largest exit code."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     children = [_fork(partial(_rank, words, log, rank, ranks, port)) for rank in range(ranks)]
     return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
 

@@ -170,14 +170,14 @@ def learn(
             continue
         disturb(step - depth)
         begin = time.monotonic()
-        hashes.append(bits(teacher.fetch(tickets[step - depth], 30.0)))
+        hashes.append(bits(teacher.fetch(tickets[step - depth], 120.0)))
         if waits is not None:
             waits.append(time.monotonic() - begin)
         time.sleep(step_s)
     return tuple(hashes)
 
 
-def wait_until(condition: Any, timeout_s: float = 30.0) -> None:
+def wait_until(condition: Any, timeout_s: float = 120.0) -> None:
     """Wait until something holds."""
     end = time.monotonic() + timeout_s
     while not condition():

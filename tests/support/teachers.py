@@ -20,6 +20,8 @@ from megatron_mlr1.teacher.wire import NO_TEACHER, Code, Kind, Limits, Message, 
 VOCABULARY = 256
 BOS = 1
 MANY_BYTES = 2**30
+PATIENCE_S = 60
+"""What comes is waited for so long; a busy machine must not end a test."""
 
 
 def make_teacher_folder(
@@ -99,7 +101,7 @@ def serving(engine: Engine, **options: Any) -> Iterator[Replica]:
         yield replica
     finally:
         replica.drain()
-        thread.join(30)
+        thread.join(PATIENCE_S)
     assert not thread.is_alive(), "the replica did not drain"
     if errors:
         raise errors[0]
@@ -137,7 +139,7 @@ class TableTeacher:
             raise RequestError(Code.WRONG_REQUEST, "a table has hidden states alone")
 
     def targets(self, request: TargetRequest, key: bytes) -> Targets:
-        assert self.gate.wait(20), "the test never opened the gate"
+        assert self.gate.wait(PATIENCE_S), "the test never opened the gate"
         self.answered.append(key)
         hidden = self.table[request.tokens]
         if not np.isfinite(hidden).all():
@@ -156,10 +158,9 @@ class RawStudent:
         endpoint: str,
         keys: KeyPair | None = None,
         pool_key: bytes | None = None,
-        timeout_ms: int = 10_000,
     ) -> None:
         self._context = zmq.Context()
-        self.socket = self._open(timeout_ms)
+        self.socket = self._open()
         if keys is not None:
             self.socket.curve_publickey, self.socket.curve_secretkey = keys.public, keys.secret
             self.socket.curve_serverkey = pool_key
@@ -169,10 +170,10 @@ class RawStudent:
         self.data_socket: zmq.Socket[bytes] | None = None
         self.session_key: bytes | None = None
 
-    def _open(self, timeout_ms: int) -> zmq.Socket[bytes]:
+    def _open(self) -> zmq.Socket[bytes]:
         socket = self._context.socket(zmq.DEALER)
         socket.linger = 0
-        socket.rcvtimeo = timeout_ms
+        socket.rcvtimeo = PATIENCE_S * 1000
         return socket
 
     def __enter__(self) -> "RawStudent":
@@ -189,13 +190,20 @@ class RawStudent:
     def receive(self) -> Message:
         return decode(self.socket.recv_multipart(), self.limits)
 
+    def hears(self, within_s: float = 0.3) -> bool:
+        """Say whether anything comes."""
+        return self.socket.poll(within_s * 1000) != 0
+
     def receive_data(self) -> Message:
         assert self.data_socket is not None
         return decode(self.data_socket.recv_multipart(), self.limits, self.session_key)
 
-    def hello(self, credit: int = MANY_BYTES, **wanted: Any) -> Message:
+    def greet(self, credit: int = MANY_BYTES, **wanted: Any) -> None:
         fields = {"student": "test", "fingerprint": "", "tokenizer_sha256": "", "vocab_size": 0}
         self.send(Kind.HELLO, payloads.text_frame(fields | wanted), value=credit)
+
+    def hello(self, credit: int = MANY_BYTES, **wanted: Any) -> Message:
+        self.greet(credit, **wanted)
         answer = self.receive()
         if answer.kind is Kind.HELLO_ACK:
             ack = payloads.read_fields(answer, payloads.HELLO_ACK_FIELDS)
@@ -205,7 +213,7 @@ class RawStudent:
     def attach(self, ack: Message) -> None:
         fields = payloads.read_fields(ack, payloads.HELLO_ACK_FIELDS)
         self.session_key = bytes.fromhex(fields["session_key"])
-        self.data_socket = self._open(self.socket.rcvtimeo)
+        self.data_socket = self._open()
         self.data_socket.connect(fields["data_endpoint"])
         message = Message(kind=Kind.ATTACH, frames=(bytes.fromhex(fields["session"]),))
         self.data_socket.send_multipart(encode(message, self.session_key))

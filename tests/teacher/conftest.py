@@ -5,6 +5,17 @@ import pytest
 from tests.support.teachers import make_teacher_folder
 
 
+@pytest.fixture
+def one_thread():
+    """Let torch compute in one thread, as replicas do; their number is part of the fingerprint."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory):
     return make_teacher_folder(tmp_path_factory.mktemp("teacher") / "tiny-llama")

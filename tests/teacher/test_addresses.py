@@ -1,7 +1,6 @@
 import re
 
 import pytest
-import torch
 
 from megatron_mlr1.errors import ConfigError, DataError, TeacherError
 from megatron_mlr1.teacher.addresses import TeacherOptions, open_backend
@@ -20,7 +19,7 @@ def options(address, wanted=None, **more):
         address=str(address),
         spec=more.pop("spec", TargetSpec()),
         wanted=wanted or Wanted(vocab_size=256),
-        client=ClientOptions(start_timeout_s=20),
+        client=ClientOptions(),
         **more,
     )
 
@@ -72,8 +71,8 @@ def test_a_tiered_teacher_makes_a_store_that_stands_alone(pool, opened, tmp_path
         opened(f"store:{folder}", spec=TargetSpec(form="top_k", k=2))
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_teacher_in_this_process_is_named_by_its_folder(opened):
-    torch.set_num_threads(1)
     teacher = opened(f"inprocess:{shared_nursery().model}", dtype="float32")
     assert isinstance(teacher, InProcessTeacher)
     assert learn(teacher, range(5)) == reference(5)

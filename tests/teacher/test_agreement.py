@@ -8,7 +8,7 @@ from megatron_mlr1.teacher.agreement import Agreement, Branch, Policy
 from megatron_mlr1.teacher.backend import TeacherUnavailable
 from tests.support.world import run_in_world
 
-HOLD = Policy(limit_s=20)
+HOLD = Policy(limit_s=120)
 
 
 def after(seconds):
@@ -46,10 +46,10 @@ def ranks_decide():
     answers["ce_only"] = [outcome(few, lacking) for _ in range(3)]
     answers["left"] = few.ce_only_left
     # Clocks of the ranks differ: the most impatient one decides for all.
-    impatient = Policy(limit_s=5.0, ce_only_after_s=0.2 if rank == 0 else 4.0, ce_only_steps=1)
+    impatient = Policy(limit_s=90.0, ce_only_after_s=0.2 if rank == 0 else 80.0, ce_only_steps=1)
     begin = time.monotonic()
     answers["impatient"] = outcome(Agreement(group, impatient), never)
-    answers["at once"] = time.monotonic() - begin < 3
+    answers["at once"] = time.monotonic() - begin < 60
     answers["error"] = outcome(Agreement(group, HOLD), broken if rank == 1 else after(0))
     return answers
 

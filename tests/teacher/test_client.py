@@ -1,3 +1,4 @@
+import signal
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from tests.support.teacher_pool import (
     shared_nursery,
     wait_until,
 )
-from tests.support.teachers import make_keys
+from tests.support.teachers import PATIENCE_S, make_keys
 
 FORMS = (
     TargetSpec(),
@@ -62,7 +63,7 @@ def test_a_pool_answers_as_one_replica_does(pool):
 def test_every_form_comes_with_its_arrays(pool, spec):
     with client_of(pool, audit_every=1) as client:
         request = sequence(1, spec=spec)
-        targets = client.fetch(client.submit(request, 0), 20)
+        targets = client.fetch(client.submit(request, 0), PATIENCE_S)
         targets.check(client.identity, request.rows)
         assert targets.spec == spec
         assert targets.num_bytes == request.rows * bytes_per_token(spec, client.identity)
@@ -80,7 +81,7 @@ def test_a_ticket_is_ready_when_its_targets_are_there_and_is_fetched_once(pool):
 def test_a_sequence_that_comes_twice_is_computed_once_and_delivered_twice(pool):
     with client_of(pool, audit_every=0) as client:
         tickets = [client.submit(sequence(7), deadline) for deadline in range(2)]
-        one, other = (client.fetch(ticket, 20) for ticket in tickets)
+        one, other = (client.fetch(ticket, PATIENCE_S) for ticket in tickets)
         assert bits(one) == bits(other)
         assert client.statistics()["asked"] == 1
 
@@ -103,7 +104,7 @@ def test_the_buffer_is_never_exceeded_and_what_is_needed_first_comes_first(pool)
         tickets = {seed: client.submit(sequence(seed), seed) for seed in (29, 28, 27)}
         wait_until(lambda: all(client.ready(ticket) for ticket in tickets.values()))
         tickets |= {seed: client.submit(sequence(seed), seed) for seed in reversed(range(27))}
-        hashes = tuple(bits(client.fetch(tickets[seed], 20)) for seed in range(30))
+        hashes = tuple(bits(client.fetch(tickets[seed], PATIENCE_S)) for seed in range(30))
         assert hashes == reference(40)[:30]
         figures = client.statistics()
         assert figures["peak_bytes"] <= 3 * one
@@ -126,8 +127,9 @@ def test_two_students_share_a_pool(pool):
 
 
 def test_a_full_queue_only_takes_longer(tmp_path):
+    how = {"max_queue_tokens": 50, "delay_s": 0.02}
     with (
-        pool_of(shared_nursery(), tmp_path / "pool", 1, max_queue_tokens=50) as pool,
+        pool_of(shared_nursery(), tmp_path / "pool", 1, **how) as pool,
         client_of(pool, dispatch=DispatchOptions(in_flight=8)) as client,
     ):
         assert learn(client, range(20)) == reference(40)[:20]
@@ -152,7 +154,7 @@ def test_a_request_that_no_replica_can_answer_is_an_error(pool, request_of, mess
     with client_of(pool, audit_every=0) as client:
         ticket = client.submit(request_of(), 0)
         with pytest.raises(TeacherError, match=message):
-            client.fetch(ticket, 20)
+            client.fetch(ticket, PATIENCE_S)
 
 
 def test_a_token_outside_of_the_vocabulary_is_refused_before_it_is_sent(pool):
@@ -180,14 +182,14 @@ def test_a_buffer_that_is_too_small_is_refused(pool):
 def test_another_teacher_than_the_wanted_one_is_refused_at_once(pool, wanted):
     access = Access(pool=FolderPool(pool.folder), wanted=wanted)
     with pytest.raises(TeacherError, match="wants") as caught:
-        ServedTeacher(access, ClientOptions(start_timeout_s=20))
+        ServedTeacher(access, ClientOptions())
     assert not isinstance(caught.value, TeacherUnavailable)
 
 
 def test_no_replica_at_the_start_is_an_error_that_names_the_addresses():
     nobody = Access(pool=AddressPool(("tcp://127.0.0.1:9",)))
     with pytest.raises(TeacherUnavailable, match=r"127\.0\.0\.1:9: nobody listens"):
-        ServedTeacher(nobody, ClientOptions(start_timeout_s=0.5))
+        ServedTeacher(nobody, ClientOptions(start_timeout_s=2))
 
 
 LIMITED = """
@@ -201,9 +203,9 @@ asked = sequence(1)
 limit = len(os.listdir("/proc/self/fd")) + 28
 resource.setrlimit(resource.RLIMIT_NOFILE, (limit, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 access = Access(pool=AddressPool(tuple(sys.argv[1:])))
-client = ServedTeacher(access, ClientOptions(start_timeout_s=20))
+client = ServedTeacher(access, ClientOptions())
 ticket = client.submit(asked, 0)
-print(client.fetch(ticket, 20).rows == asked.rows)
+print(client.fetch(ticket, 60).rows == asked.rows)
 client.close()
 """
 
@@ -218,14 +220,13 @@ def test_replicas_beyond_the_limit_of_open_files_do_not_stop_the_others(pool, py
 
 
 def test_targets_that_do_not_come_leave_the_ticket_good(tmp_path):
-    with (
-        pool_of(shared_nursery(), tmp_path / "pool", 1, delay_s=0.5) as pool,
-        client_of(pool) as client,
-    ):
+    with pool_of(shared_nursery(), tmp_path / "pool", 1) as pool, client_of(pool) as client:
+        pool.signal("r0", signal.SIGSTOP)
         ticket = client.submit(sequence(1), 0)
         with pytest.raises(TeacherUnavailable, match="no replica gave"):
             client.fetch(ticket, 0.1)
-        assert bits(client.fetch(ticket, 20)) == reference(40)[1]
+        pool.signal("r0", signal.SIGCONT)
+        assert bits(client.fetch(ticket, PATIENCE_S)) == reference(40)[1]
 
 
 def test_only_a_student_with_the_right_keys_is_answered(tmp_path):

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_mlr1.errors import TeacherError
-from megatron_mlr1.teacher.identity import identify, tokenizer_sha256
+from megatron_mlr1.teacher.identity import identify, tokenizer_sha256, weight_files
 from tests.support.teachers import BOS, VOCABULARY
 
 CPU = torch.device("cpu")
@@ -92,6 +92,8 @@ def test_a_folder_without_its_parts_is_refused(folder):
     (folder / "config.json").write_text("{}")
     with pytest.raises(TeacherError, match="vocab_size"):
         identify(folder, CPU, "float32")
+    with pytest.raises(TeacherError, match="is no folder"):
+        weight_files(folder / ("a" * 300))
 
 
 def test_a_broken_file_of_weights_is_refused(folder):

@@ -19,8 +19,8 @@ from tests.support.teacher_pool import (
 from tests.support.teacher_targets import FORMS, random_request
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_teacher_in_this_process_gives_the_bits_of_a_pool(tmp_path):
-    torch.set_num_threads(1)  # as in the replicas; the number is part of the fingerprint
     nursery = shared_nursery()
     teacher = InProcessTeacher(load_teacher(nursery.model, torch.device("cpu"), "float32"))
     assert teacher.identity == nursery.identity

@@ -22,6 +22,19 @@ from megatron_mlr1.teacher.pool import (
 LEASE = Lease(name="a", endpoint="tcp://10.0.0.1:5555", fingerprint="f" * 32, public_key="k" * 40)
 
 
+@pytest.fixture
+def later(monkeypatch):
+    """Give what moves the clocks on by so many seconds."""
+    wall, ticks, ahead = time.time, time.monotonic, [0.0]
+    monkeypatch.setattr(time, "time", lambda: wall() + ahead[0])
+    monkeypatch.setattr(time, "monotonic", lambda: ticks() + ahead[0])
+
+    def move(seconds):
+        ahead[0] += seconds
+
+    return move
+
+
 def write(folder, name, **changes):
     fields = {
         "name": name,
@@ -117,29 +130,27 @@ def test_a_pool_is_free_when_the_last_of_its_teacher_is_gone(tmp_path, monkeypat
         join(tmp_path, "back", "a" * 32)
 
 
-def test_a_replica_that_was_silent_while_another_teacher_came_leaves(tmp_path, monkeypatch):
-    keeper = LeaseKeeper(tmp_path, LEASE, life_s=0.03)
+def test_a_replica_that_was_silent_while_another_teacher_came_leaves(tmp_path, later):
+    keeper = LeaseKeeper(tmp_path, LEASE)
     join(tmp_path, LEASE.name, LEASE.fingerprint)
     keeper.keep()
-    now = time.time()
-    with monkeypatch.context() as later:
-        later.setattr(time, "time", lambda: now + LEASE_S + 1)
-        join(tmp_path, "other", "b" * 32)
-    time.sleep(0.02)
+    later(LEASE_S + 1)
+    join(tmp_path, "other", "b" * 32)
     with pytest.raises(TeacherError, match="other brought the teacher bbbb"):
         keeper.keep()
     assert FolderPool(tmp_path).leases() == []
 
 
-def test_a_lease_is_renewed_before_it_runs_out(tmp_path):
-    keeper = LeaseKeeper(tmp_path, LEASE, life_s=0.3)
+def test_a_lease_is_renewed_before_it_runs_out(tmp_path, later):
+    keeper = LeaseKeeper(tmp_path, LEASE)
     keeper.keep()
-    first = FolderPool(tmp_path).leases()[0].expires
+    (first,) = FolderPool(tmp_path).leases()
     keeper.keep()
-    assert FolderPool(tmp_path).leases()[0].expires == first
-    time.sleep(0.12)
+    assert FolderPool(tmp_path).leases() == [first]
+    later(LEASE_S / 2)
     keeper.keep()
-    assert FolderPool(tmp_path).leases()[0].expires > first
+    (second,) = FolderPool(tmp_path).leases()
+    assert second.expires > first.expires
 
 
 def test_a_lease_that_has_run_out_is_remarks_and_swept(tmp_path):
@@ -201,23 +212,23 @@ def test_a_pool_says_why_it_has_few_members(tmp_path):
     assert AddressPool(("tcp://h:1",)).remarks() == ""
 
 
-def test_a_lease_that_cannot_be_renewed_is_tried_again(tmp_path, caplog):
+def test_a_lease_that_cannot_be_renewed_is_tried_again(tmp_path, caplog, later):
     folder = tmp_path / "pool"
-    keeper = LeaseKeeper(folder, LEASE, life_s=0.03)
+    keeper = LeaseKeeper(folder, LEASE)
     folder.rename(tmp_path / "away")
     with pytest.raises(MachineError, match="can write"):
         keeper.keep()
     (tmp_path / "away").rename(folder)
-    time.sleep(0.02)
+    later(LEASE_S / 2)
     keeper.keep()
     folder.rename(tmp_path / "away")
-    time.sleep(0.02)
+    later(LEASE_S / 2)
     keeper.keep()
-    time.sleep(0.02)
+    later(LEASE_S / 2)
     keeper.keep()
     assert caplog.text.count("not renewed") == 1, "it is told once"
     (tmp_path / "away").rename(folder)
-    time.sleep(0.02)
+    later(LEASE_S / 2)
     keeper.keep()
     assert caplog.text.count("renewed again") == 1
     assert [path.name for path in folder.iterdir()] == ["a.lease"]

@@ -22,8 +22,9 @@ def test_an_address_that_is_taken_or_none_of_this_machine_is_told_before_a_teach
 
 
 def test_looking_takes_nothing(tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        free = f"tcp://127.0.0.1:{other.getsockname()[1]}"
+    # An address that no other test binds, as one of them could be given the port that was free.
+    with socket.create_server(("127.0.0.77", 0)) as other:
+        free = f"tcp://127.0.0.77:{other.getsockname()[1]}"
     place = f"ipc://{tmp_path}/socket"
     context = zmq.Context()
     served = context.socket(zmq.REP)
@@ -33,5 +34,5 @@ def test_looking_takes_nothing(tmp_path):
     asking = context.socket(zmq.REQ)
     asking.connect(place)
     asking.send(b"?")
-    assert served.poll(5000), "the socket of another program was left alone"
+    assert served.poll(60_000), "the socket of another program was left alone"
     context.destroy(0)
