@@ -26,6 +26,17 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(stream.fileno())
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file durably; whoever reads it finds the old text or the new, never less."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        write_text(partial, text)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    fsync_folder(path.parent)
+
+
 @contextmanager
 def whole_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
     """Give a folder to write in beside `target`; it takes that name when the block ends well.

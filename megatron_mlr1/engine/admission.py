@@ -9,9 +9,12 @@ from typing import Any, Literal
 import torch.distributed
 
 from megatron_mlr1.data.admission import RunTokenizer, admit, never_shuffled
+from megatron_mlr1.data.feed import are_packs
 from megatron_mlr1.data.index import meta_path
-from megatron_mlr1.data.provenance import Level
+from megatron_mlr1.data.provenance import Level, read_record
 from megatron_mlr1.data.tokenizers import LOADERS, TokenizerPlan
+from megatron_mlr1.errors import DataError
+from megatron_mlr1.options import Mlr1Options
 
 
 def admit_all(
@@ -42,6 +45,32 @@ def admit_all(
         run = _run_tokenizer(args, tokenizer)
         for prefix in mine:
             admit(prefix, level, run)
+
+
+CHAT_STAGES = ("sft_general", "sft_reasoning")
+"""Stages of which a sample is chats with a loss mask."""
+
+
+def refuse_documents(prefixes: Sequence[str], options: Mlr1Options) -> None:
+    """Keep plain documents out of fine-tuning, which would learn the prompts with the answers.
+
+    Args:
+        prefixes: the corpora.
+        options: with the stage; `--verify-data off` lets all pass.
+
+    Raises:
+        DataError: a corpus has no loss mask, or its record cannot be read.
+    """
+    if options.stage not in CHAT_STAGES or options.verify_data == "off":
+        return
+    plain = [prefix for prefix in prefixes if not are_packs(read_record(prefix))]
+    if plain:
+        raise DataError(
+            f"Stage {options.stage} fine-tunes on packed chats, and these are plain documents: "
+            f"{', '.join(plain)}. The loss would count every token, prompts included. Make packs "
+            "of the chats with tools/preprocess_chat.py, or give --verify-data off to train on "
+            "the documents all the same."
+        )
 
 
 _NODE = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}

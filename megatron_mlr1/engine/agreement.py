@@ -31,3 +31,24 @@ def agreed[T](work: Callable[[], T]) -> T:
         shared.add_note(SHARED)
         raise shared
     return done[0]
+
+
+def decided_by_first[T](work: Callable[[], T]) -> T:
+    """Do something on the first process alone, and give its answer, or its error, to all of them.
+
+    Args:
+        work: does not talk to other processes; its answer can be pickled.
+
+    Raises:
+        Mlr1Error: what `work` raised.
+    """
+    answers: list[T | None] = [None]
+
+    def on_first() -> None:
+        if torch.distributed.get_rank() == 0:
+            answers[0] = work()
+
+    agreed(on_first)
+    torch.distributed.broadcast_object_list(answers, src=0)
+    answer: T = answers[0]  # type: ignore[assignment]
+    return answer

@@ -16,7 +16,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from megatron_mlr1.data.feed import are_packs
 from megatron_mlr1.data.provenance import read_record
 from megatron_mlr1.data.splits import refuse_empty_parts
-from megatron_mlr1.engine.admission import admit_all
+from megatron_mlr1.engine.admission import admit_all, refuse_documents
 from megatron_mlr1.engine.agreement import agreed
 from megatron_mlr1.engine.groups import place
 from megatron_mlr1.errors import DataError
@@ -104,6 +104,7 @@ class MegatronDatasets:
                     f"{prefix} holds packed chats, and Megatron's datasets would train on the "
                     "prompts too. Leave --mlr1-dataset megatron out."
                 )
+        refuse_documents(prefixes, self._options)
         admit_all(prefixes, self._args, self._options.verify_data, config.tokenizer)
 
 

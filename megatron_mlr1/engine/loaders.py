@@ -16,7 +16,7 @@ from megatron_mlr1.data.index import bin_path
 from megatron_mlr1.data.loader import Loader, Turns
 from megatron_mlr1.data.mixture import Blend, ResolvedCorpus
 from megatron_mlr1.data.splits import NAMES, Share
-from megatron_mlr1.engine.admission import admit_all, warn_of_order
+from megatron_mlr1.engine.admission import admit_all, refuse_documents, warn_of_order
 from megatron_mlr1.engine.agreement import agreed
 from megatron_mlr1.engine.datasets import Splits, dataset_config
 from megatron_mlr1.engine.distillation import Distilling
@@ -87,6 +87,7 @@ class Loaders:
         parts = self._parts(sizes, config)
         blends = [blend for part in parts if part is not None for blend in part.blends]
         prefixes = list(dict.fromkeys(str(c.prefix) for blend in blends for c in blend.corpora))
+        refuse_documents(prefixes, self._options)
         admit_all(prefixes, self._args, self._options.verify_data, config.tokenizer)
         if torch.distributed.get_rank() == 0:
             warn_of_order(prefixes)

@@ -11,8 +11,9 @@ from megatron_mlr1 import cpu
 from megatron_mlr1.engine import fp8
 from megatron_mlr1.model.precision import transformer_engine_version
 
-ALWAYS = ("--no-create-attention-mask-in-dataloader",)
-"""Attention is causal, so no mask tensor of seq-length^2 is ever made."""
+ALWAYS = ("--no-create-attention-mask-in-dataloader", "--no-one-logger")
+"""Attention is causal, so no mask tensor of seq-length^2 is ever made; and nobody outside NVIDIA
+has its logger, whose absence the engine warns of."""
 
 WITHOUT_TRANSFORMER_ENGINE = (
     "--transformer-impl=local",

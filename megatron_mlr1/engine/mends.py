@@ -4,6 +4,7 @@ Every mend says what is wrong and where it does not apply; drop it when the engi
 """
 
 import importlib.util
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,12 @@ import megatron.core.datasets.utils
 import megatron.training.training
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.models.gpt import gpt_model
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
+from megatron.core.rerun_state_machine import RerunMode
+from megatron.training import checkpointing
 
+from megatron_mlr1.engine.tracker import WholeTracker
 from megatron_mlr1.engine.writer_queue import results_queue
 
 
@@ -20,7 +25,11 @@ def apply() -> None:
     """Mend the engine in this process; a second call changes nothing."""
     _keep_compiled_dataset_helpers()
     _save_on_sigterm()
+    _say_why_a_file_was_not_written()
+    _write_tracker_whole()
+    _know_the_rerun_mode_of_the_flag()
     _warm_up_without_drawing()
+    logging.getLogger(gpt_model.__name__).setLevel(logging.ERROR)  # it warns of its own future
     if HAVE_APEX_OR_TE:
         _prepare_optimizers(_fit_groups_after_loads, "fits_groups")
     else:
@@ -48,6 +57,54 @@ def _save_on_sigterm() -> None:
     catches the signal and saves: BrokenPipeError, and no checkpoint.
     """
     filesystem_async.get_write_results_queue = results_queue
+
+
+def _say_why_a_file_was_not_written() -> None:
+    """Carry the disk's own words out of a checkpoint writer.
+
+    The engine keeps the class of the error alone: "<class 'OSError'>".
+    """
+    writer = filesystem_async.FileSystemWriterAsync
+    write = writer.write_preloaded_data
+    if getattr(write, "says_why", False):
+        return
+
+    def say_why(*args: Any, **kwargs: Any) -> Any:
+        done = write(*args, **kwargs)
+        # With a queue it is a thread, whose answer is there.
+        if kwargs["results_queue"] is None and isinstance(done[1], Exception):
+            raise _of_the_disk(done[1])
+        return done
+
+    say_why.says_why = True  # type: ignore[attr-defined]
+    writer.write_preloaded_data = staticmethod(say_why)
+
+
+def _of_the_disk(error: BaseException) -> BaseException:
+    """Find what the disk answered, behind which torch complains of its own file's form."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return error if cause is None else cause
+
+
+def _write_tracker_whole() -> None:
+    """Let the file that names the newest checkpoint have its old text or its new one.
+
+    The engine empties it and then writes: on a full disk, or where the run is killed in between,
+    all checkpoints of the folder are lost to the next run.
+    """
+    if not isinstance(checkpointing.maybe_msc, WholeTracker):
+        checkpointing.maybe_msc = WholeTracker(checkpointing.maybe_msc)
+
+
+def _know_the_rerun_mode_of_the_flag() -> None:
+    """Understand `--rerun-mode report_stats`, whose word in the engine's enumeration is another."""
+    RerunMode._missing_ = classmethod(_rerun_mode)
+
+
+def _rerun_mode(kind: Any, value: object) -> Any:
+    return kind.REPORT_DETERMINISM_STATS if value == "report_stats" else None
 
 
 def _warm_up_without_drawing() -> None:

@@ -6,19 +6,22 @@ holds the exact figures of each step instead.
 
 import inspect
 import json
-import os
+import sys
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import megatron.training.training
 import torch
 from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
-from megatron.training import get_tensorboard_writer, get_timers
+from megatron.training import get_tensorboard_writer, get_timers, global_vars
 
 from megatron_mlr1 import cpu
+from megatron_mlr1.checkpoint.folder import replace_text
 from megatron_mlr1.model.shape import ModelShape
 
 RECORD = "metrics.jsonl"
@@ -97,14 +100,26 @@ class Record:
         kept = [
             line for line in _whole_lines(path) if json.loads(line)["iteration"] <= last_iteration
         ]
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(line + "\n" for line in kept))
-        os.replace(partial, path)
-        self._file = path.open("a", buffering=1)
+        replace_text(path, "".join(line + "\n" for line in kept))
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b""
+        self._is_late = False
 
     def add(self, row: Mapping[str, object]) -> None:
-        """Append one step. Floats keep all their digits."""
-        self._file.write(json.dumps(row) + "\n")
+        """Append one step. Floats keep all their digits.
+
+        What a full disk does not take waits for the next step, to the byte: the checkpoint that
+        does not fit ends a run, not its record.
+        """
+        self._waiting += (json.dumps(row) + "\n").encode()
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            self._is_late = False
+        except OSError as error:
+            if not self._is_late:
+                _warn(f"{self._file.name} cannot be written ({error.strerror}); its lines wait")
+            self._is_late = True
 
 
 def _whole_lines(path: Path) -> list[str]:
@@ -113,6 +128,33 @@ def _whole_lines(path: Path) -> list[str]:
         return []
     lines = path.read_text().split("\n")
     return [line for line in lines[:-1] if line]
+
+
+def _warn(what: str) -> None:
+    with suppress(OSError):  # the log may lie on the same disk
+        print(f"warning: {what}.", file=sys.stderr, flush=True)
+
+
+class Curves:
+    """TensorBoard's writer, which ends where its file cannot be written; the run goes on."""
+
+    def __init__(self, writer: Any) -> None:
+        """Take the engine's."""
+        self._writer = writer
+        self._has_ended = False
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        """Give one of its functions."""
+        return partial(self._call, getattr(self._writer, name))
+
+    def _call(self, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+        if self._has_ended:
+            return None
+        try:
+            return function(*arguments, **keywords)
+        except OSError as error:
+            self._has_ended = True
+            _warn(f"TensorBoard's file cannot be written ({error.strerror}); its curves end here")
 
 
 class Writer(Protocol):
@@ -154,6 +196,8 @@ class Metrics:
 
     def install(self) -> None:
         """Take the place of the engine's `training_log`, and call it in the middle."""
+        if get_tensorboard_writer() is not None:
+            global_vars._GLOBAL_TENSORBOARD_WRITER = Curves(get_tensorboard_writer())
         engine_log = megatron.training.training.training_log
         signature = inspect.signature(engine_log)
 

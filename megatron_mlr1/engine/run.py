@@ -20,20 +20,21 @@ from megatron.training.arguments import parse_and_validate_args
 from megatron.training.models.gpt import GPTModelConfig
 
 import megatron_mlr1
+from megatron_mlr1 import cpu
 from megatron_mlr1.data.feed import are_packs
 from megatron_mlr1.data.mixture import Blend, data_path_words
 from megatron_mlr1.data.provenance import read_record
-from megatron_mlr1.engine import command_line, machine, mends, start
+from megatron_mlr1.engine import command_line, machine, mends, refusals, start
 from megatron_mlr1.engine.agreement import SHARED
 from megatron_mlr1.engine.datasets import MegatronDatasets
 from megatron_mlr1.engine.distillation import Distilling
 from megatron_mlr1.engine.forward import ForwardStep, foresees_backward
 from megatron_mlr1.engine.loaders import Loaders
 from megatron_mlr1.engine.metrics import Metrics
+from megatron_mlr1.engine.saving import Saving
 from megatron_mlr1.errors import ConfigError
 from megatron_mlr1.model.build import finish
 from megatron_mlr1.model.head_kernels import HeadKernels, HeadRun
-from megatron_mlr1.model.precision import transformer_engine_version
 from megatron_mlr1.model.shape import ModelShape
 from megatron_mlr1.model.spec import Kernel, block_spec, refuse_missing
 from megatron_mlr1.options import Mlr1Options, add_mlr1_arguments
@@ -79,7 +80,9 @@ def run(plan: Plan, blends: Sequence[Blend], *, rank: int) -> None:
 
 def words_of(plan: Plan, blends: Sequence[Blend], *, announce: bool) -> tuple[str, ...]:
     """Put together all of the engine's words, and write them beside the checkpoints."""
-    command_line.refuse_unknown(plan.words, command_line.parser())
+    known = command_line.parser()
+    command_line.refuse_unknown(plan.words, known)
+    command_line.refuse_misread(plan.words, known)
     own, load = start.without(plan.words, "--load")
     _, save = start.without(own, "--save")
     data = _data_words(plan, blends)
@@ -185,27 +188,20 @@ def _versions() -> dict[str, str]:
 
 def _configure(words: Sequence[str]) -> tuple[Namespace, GPTModelConfig]:
     """Have the engine parse and judge the words, and turn its refusals into ours."""
-    if any(word.split("=")[0] == "--spec" for word in words):
-        raise ConfigError(
-            "--spec names layers of another model, and this program builds MobileLLM-R1's. Leave "
-            "it out; --mlr1-kernels chooses the implementations."
-        )
+    refusals.refuse_words(words)
     sys.argv = [sys.argv[0], *words]
     try:
         args = parse_and_validate_args(extra_args_provider=add_mlr1_arguments)
         model = gpt_config_from_args(args)
-    except (AssertionError, ValueError) as error:
+    except ImportError as error:
+        raise refusals.missing(error) from error
+    except (AssertionError, ValueError, RuntimeError) as error:
         reason = str(error).rstrip(". ") or "an assertion without a message"
         raise ConfigError(
             f"Megatron-Core refuses these flags: {reason}. Change the flag that it names; `--help` "
             "lists them all."
         ) from error
-    if args.transformer_impl == "transformer_engine" and transformer_engine_version() is None:
-        raise ConfigError(
-            "--transformer-impl transformer_engine is given, and there is none here; in CPU mode "
-            "there never is. Leave the flag out, or install it on a machine with a GPU (pip "
-            "install --no-build-isolation 'megatron_mlr1[fp8]')."
-        )
+    refusals.refuse_args(args, words, in_cpu_mode=cpu.is_active())
     finish(model.transformer)
     if args.dataloader_inter_document_masking:
         # Stages hand on [B * S, 1, H] then, where the engine expects [S, B, H].
@@ -240,7 +236,9 @@ def _train(
     layers = {f"{op}_kernel": options.kernels[op] for op in ("swiglu", "qk_norm_rope")}
     model.transformer_layer_spec = partial(_layers, kernels=layers)
     peak = machine.peak_tflops(options.peak_tflops)
-    Metrics(args, shape_of(args), datasets, peak, distilling).install()
+    shape = shape_of(args)
+    Saving(args, shape.num_parameters()).install()
+    Metrics(args, shape, datasets, peak, distilling).install()
     if distilling is not None:
         distilling.install()
     try:
@@ -250,6 +248,8 @@ def _train(
             ModelType.encoder_or_decoder,
             ForwardStep(args, kernels, distilling, foresees=foresees_backward(args)),
         )
+    except ImportError as error:
+        raise refusals.missing(error) from error
     except AssertionError as error:
         if OTHER_SCHEDULE not in str(error):
             raise

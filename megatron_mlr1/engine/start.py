@@ -5,7 +5,6 @@ carry one stage's schedule into the next. Both are decided here instead.
 """
 
 import json
-import os
 import pickle
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +15,7 @@ from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.dist_checkpointing.core import CheckpointingException
 
 from megatron_mlr1 import cpu
+from megatron_mlr1.checkpoint.folder import replace_text
 from megatron_mlr1.errors import CheckpointError, ConfigError
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -77,9 +77,7 @@ class Run:
         """
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            partial = folder / f"{RUN}.partial"
-            partial.write_text(json.dumps(asdict(self), indent=2) + "\n")
-            os.replace(partial, folder / RUN)
+            replace_text(folder / RUN, json.dumps(asdict(self), indent=2) + "\n")
         except OSError as error:
             raise CheckpointError(
                 f"--save {folder} cannot be written ({error.strerror}); checkpoints go there. Give "

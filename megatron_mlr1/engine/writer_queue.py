@@ -15,14 +15,22 @@ from queue import Queue
 from typing import Any
 
 
-@cache
-def results_queue(mode: str = "spawn") -> "Queue[Any]":
-    """Give this process's queue for the results of checkpoint writers.
+def results_queue(mp_mode: str = "spawn") -> "Queue[Any]":
+    """Give this process's one queue for the results of checkpoint writers.
+
+    Args:
+        mp_mode: how the engine would start its queue's process; not heeded, since one that is
+            forked has threads' locks in it that nobody will open.
 
     `torchrun` sends SIGTERM to all processes of a session, the queue's among them. Training must
     still save then, so the queue's process does not heed the signal; it ends with its parent.
     """
-    manager = SyncManager(ctx=multiprocessing.get_context(mode))
+    return _queue()
+
+
+@cache
+def _queue() -> "Queue[Any]":
+    manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
     manager.start(initializer=_end_with_parent_alone)
     return manager.Queue()
 

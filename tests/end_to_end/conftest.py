@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def train(corpora: Corpora) -> Train:
         if at_step is not None:
             wait_for(process, save, at_step[0])
             at_step[1]()
-        code = process.wait(timeout=300)
+        code = process.wait(timeout=900)
         return Finished(code=code, output=log.read_text())
 
     return run
@@ -138,7 +139,7 @@ def torchrun(
 
 def wait_for(process: "subprocess.Popen[bytes] | Ranks", save: Path, step: int) -> None:
     """Wait until the record shows a step."""
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     while not any(row["iteration"] >= step for row in record(save).values()):
         assert process.poll() is None, "the run ended before the step"
         assert time.monotonic() < deadline, "the run never came to the step"
@@ -151,7 +152,8 @@ def interrupt(process: "subprocess.Popen[bytes]", save: Path, step: int, which: 
     if which == signal.SIGKILL:
         # Nothing may be left that could still save: torchrun, its workers and their helpers.
         for child in descendants(process.pid):
-            os.kill(child, which)
+            with suppress(ProcessLookupError):  # a helper that has just ended
+                os.kill(child, which)
     process.send_signal(which)
 
 

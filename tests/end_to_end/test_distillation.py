@@ -153,9 +153,10 @@ def test_every_layout_learns_what_one_process_learns(layout, distil, learned, nu
 def test_without_teachers_all_ranks_take_one_branch_then_save_and_end(distil, nursery, tmp_path):
     save, pool_folder = tmp_path / "save", tmp_path / "pool"
     words = ("--kd-without-teacher", "ce_only", "--kd-ce-only-budget", "2")
-    words += ("--kd-ce-only-after", "2", "--kd-hold-limit", "5", "--kd-lookahead", "1")
+    words += ("--kd-lookahead", "1", "--kd-ce-only-after")
     with pool_of(nursery, pool_folder, 1) as pool:
-        done = distil(save, pool.folder, *words, processes=2, at_step=(2, lambda: pool.kill("r0")))
+        alone = (*words, "4", "--kd-hold-limit", "8")
+        done = distil(save, pool.folder, *alone, processes=2, at_step=(2, lambda: pool.kill("r0")))
     assert re.search(r"exitcode +: 75", done.output), done.output[-3000:]
     assert done.output.count("this step goes on without the teacher") == 2
     branches = [json.loads(line)["branch"] for line in ledger(save).splitlines()]
@@ -173,7 +174,7 @@ def test_without_teachers_all_ranks_take_one_branch_then_save_and_end(distil, nu
 
     pool_folder.rename(tmp_path / "former")
     with pool_of(nursery, pool_folder, 1) as pool:
-        done = distil(save, pool.folder, *words, processes=2)
+        done = distil(save, pool.folder, *words, "200", processes=2)
     assert done.code == 0, done.output[-3000:]
     branches = [json.loads(line)["branch"] for line in ledger(save).splitlines()]
     assert len(branches) == STEPS

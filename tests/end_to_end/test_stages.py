@@ -23,6 +23,8 @@ def test_the_next_stage_starts_from_the_weights_with_its_own_schedule(train, sin
     done = train(save, *words, stage="pretrain_phase2")
     assert done.code == 0, done.output[-3000:]
     assert "starts from the weights of pretrain_phase1" in done.output
+    for noise in ("DEPRECATED", "confluence"):
+        assert noise not in done.output, "the engine warns of what nobody here can change"
     rows = record(save)
     assert set(rows) == set(range(1, 7))
     assert rows[1]["consumed_samples"] == 16, "the data start anew"
@@ -80,6 +82,18 @@ def test_training_has_written_its_words_beside_the_checkpoints(single):
     assert list((single / "tensorboard").iterdir()), "TensorBoard has its file"
 
 
+def test_fine_tuning_refuses_documents_unless_they_are_meant(train, tmp_path):
+    words = ("--from-scratch", "--train-iters", "2", "--lr-warmup-iters", "0")
+    words += ("--global-batch-size", "4", "--micro-batch-size", "2")
+    refused = train(tmp_path / "save", *words, stage="sft_general", processes=2)
+    assert refused.output.count("error: Stage sft_general fine-tunes on packed chats") == 1
+    assert "prompts included. Make packs of the chats" in refused.output
+    assert "[rank 0] exitcode : 2\n[rank 1] exitcode : 2" in refused.output
+    assert not record(tmp_path / "save")
+    meant = train(tmp_path / "save", *words, "--verify-data", "off", stage="sft_general")
+    assert meant.code == 0, meant.output[-3000:]
+
+
 MOCK = ("--model", "tiny", "--stage", "pretrain_phase1", "--mock-data", "--tokenizer-type")
 MOCK += ("NullTokenizer", "--vocab-size", "255")
 BAD = {
@@ -122,6 +136,36 @@ BAD = {
         (*MOCK, "--transformer-impl", "transformer_engine"),
         "there is none here",
     ),
+    "a graph of a GPU's work on a CPU": (
+        (*MOCK, "--cuda-graph-impl", "local"),
+        "--cuda-graph-impl local records what a GPU does",
+    ),
+    "a graph by its former flag": ((*MOCK, "--enable-cuda-graph"), "records what a GPU does"),
+    "NVIDIA's profiler on a CPU": ((*MOCK, "--profile"), "without --use-pytorch-profiler"),
+    "a GPU's memory on a CPU": ((*MOCK, "--record-memory-history"), "the memory of a GPU"),
+    "clocks of GPUs on a CPU": ((*MOCK, "--log-straggler"), "compares clocks and temperatures"),
+    "saving on the side on a CPU": ((*MOCK, "--async-save"), "takes a GPU of its own accord"),
+    "a restart that is not here": ((*MOCK, "--inprocess-restart"), "has no part in it"),
+    "flags of a file": ((*MOCK, "--yaml-cfg", "own.yaml"), "by --recipe FILE"),
+    "settings that cannot be written": ((*MOCK, "--config-logger-dir=x"), "run.json"),
+    "gradients of layers that are not there": (
+        (*MOCK, "--save-dgrads-interval", "1"),
+        "--save-wgrads-interval does without them",
+    ),
+    "an optimizer that is not there": (
+        (*MOCK, "--use-precision-aware-optimizer", "--use-distributed-optimizer"),
+        "Transformer Engine's Adam",
+    ),
+    "an optimizer that is on the CPU": (
+        (
+            *(*MOCK, "--optimizer-cpu-offload", "--use-precision-aware-optimizer"),
+            "--use-distributed-optimizer",
+        ),
+        "--optimizer-cpu-offload moves the optimizer",
+    ),
+    "a run without a name": ((*MOCK, "--wandb-project", "p"), "--wandb-exp-name is missing"),
+    "a value that is none": ((*MOCK, "--ckpt-format", "zarr"), "invalid choice: 'zarr'"),
+    "a word without its flag": ((*MOCK, "--lr", "1", "2"), "2: no flag before it"),
     "layers of another model": ((*MOCK, "--spec", "megatron.core", "layers"), "Leave it out"),
     "a flag that the engine refuses": ((*MOCK, "--seq-length", "9999"), "max_position_embeddings"),
     "weights that only their own layer sees": (

@@ -73,7 +73,13 @@ def follow(plan, entries):
     environment = os.environ | {"PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", "tests.support.te_on_cpu", str(plan)]
     ended = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False
+        command,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        check=False,
     )
     logs = [path.read_text() for path in plan.parent.glob("*.log")]
     ends = [log[-2000:] for log in logs if "Traceback" in log or "error: " in log]

@@ -7,7 +7,7 @@ from megatron_mlr1 import cpu
 cpu.activate()
 
 from megatron_mlr1.engine import machine  # noqa: E402
-from megatron_mlr1.engine.command_line import parser, refuse_unknown  # noqa: E402
+from megatron_mlr1.engine.command_line import parser, refuse_misread, refuse_unknown  # noqa: E402
 from megatron_mlr1.errors import ConfigError  # noqa: E402
 from megatron_mlr1.recipes.data_flags import MEGATRONS  # noqa: E402
 
@@ -18,8 +18,20 @@ def known():
 
 
 def test_an_unknown_flag_is_named_with_the_nearest_known(known):
-    with pytest.raises(ConfigError, match=r"micro-batch-sise.*Did you mean micro-batch-size"):
+    with pytest.raises(
+        ConfigError, match=r"'--micro-batch-sise'. Did you mean --micro-batch-size\?"
+    ):
         refuse_unknown(["--lr", "1e-3", "--micro-batch-sise=4"], known)
+
+
+def test_a_value_that_its_flag_does_not_take_is_refused_without_a_list_of_all_flags(known, capsys):
+    with pytest.raises(ConfigError, match="--lr: invalid float value: 'fast'"):
+        refuse_misread(["--lr", "fast"], known)
+    with pytest.raises(ConfigError, match="--ckpt-format: invalid choice: 'zarr'"):
+        refuse_misread(["--ckpt-format", "zarr"], known)
+    with pytest.raises(ConfigError, match="stray: no flag before it takes that word"):
+        refuse_misread(["--lr", "1e-3", "stray"], known)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_flags_of_the_engine_and_ours_are_known(known):

@@ -1,5 +1,7 @@
 """The engine's faults stay mended, and are still there to be mended."""
 
+import queue
+
 import pytest
 import torch
 
@@ -9,6 +11,10 @@ cpu.activate()
 
 import megatron.core.datasets.utils  # noqa: E402
 import megatron.training.training  # noqa: E402
+from megatron.core.dist_checkpointing.strategies.filesystem_async import (  # noqa: E402
+    FileSystemWriterAsync,
+)
+from megatron.core.rerun_state_machine import RerunMode  # noqa: E402
 
 from megatron_mlr1.engine import mends  # noqa: E402
 
@@ -94,6 +100,22 @@ def test_mending_twice_is_mending_once():
 def test_the_engine_does_not_compile_what_it_brings():
     mends.apply()
     assert megatron.core.datasets.utils.compile_helpers() is None
+
+
+def test_every_rerun_mode_of_the_flag_is_one():
+    mends.apply()
+    assert RerunMode("report_stats") is RerunMode.REPORT_DETERMINISM_STATS
+    with pytest.raises(ValueError, match="report_nothing"):
+        RerunMode("report_nothing")
+
+
+def test_a_checkpoint_writer_says_what_the_disk_said(tmp_path):
+    mends.apply()
+    folder = tmp_path / "that is not there"
+    bucket = (folder / "__0_0.distcp", "__0_0.distcp", ([], []))
+    answers: queue.Queue[object] = queue.Queue()
+    FileSystemWriterAsync.write_preloaded_data_multithread([], False, 0, [bucket], answers)
+    assert "No such file or directory" in str(answers.get_nowait())
 
 
 @pytest.mark.gpu

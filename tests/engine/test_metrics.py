@@ -1,7 +1,11 @@
 """Throughput, the log's line, and the record of every step."""
 
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,6 +15,7 @@ from megatron_mlr1.model.shape import named_shape
 cpu.activate()
 
 from megatron_mlr1.engine.metrics import (  # noqa: E402
+    Curves,
     Record,
     Throughput,
     line,
@@ -69,7 +74,7 @@ def test_there_is_no_peak_of_a_gpu_in_cpu_mode():
     assert peak_memory() is None
 
 
-class Curves:
+class Points:
     def __init__(self):
         self.points = {}
 
@@ -78,7 +83,7 @@ class Curves:
 
 
 def test_tensorboard_gets_the_same_figures():
-    curves = Curves()
+    curves = Points()
     plot(curves, 10, 99, SPEED, {"wiki": 1000}, None)
     assert "memory/peak-gb" not in curves.points
     assert curves.points["throughput/mfu"] == (0.0618, 10)
@@ -106,3 +111,37 @@ def test_the_record_goes_on_where_the_run_does(tmp_path):
     assert [row["iteration"] for row in rows(path)] == [1, 2, 3, 4]
     assert rows(path)[2]["lm loss"] == 0.1 * 3
     assert rows(path)[3]["lm loss"] == 7.0
+
+
+@contextmanager
+def small_files(most: int) -> Iterator[None]:
+    """Let no file grow beyond `most` bytes, as a full disk would not; the system answers EFBIG."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_what_a_full_disk_does_not_take_follows_when_there_is_room(tmp_path, capfd):
+    path = tmp_path / "metrics.jsonl"
+    record = Record(path, last_iteration=0)
+    record.add({"iteration": 1})
+    with capfd.disabled(), small_files(path.stat().st_size + 7):
+        record.add({"iteration": 2})
+        record.add({"iteration": 3})
+    assert path.read_text() == '{"iteration": 1}\n{"itera'
+    record.add({"iteration": 4})
+    assert [row["iteration"] for row in rows(path)] == [1, 2, 3, 4]
+
+
+def test_a_full_disk_ends_tensorboards_curves_and_not_the_run(tmp_path, capsys):
+    with (tmp_path / "events").open("wb", buffering=0) as file:
+        curves = Curves(SimpleNamespace(add_scalar=file.write))
+        curves.add_scalar(b"whole")
+        with small_files(5):
+            curves.add_scalar(b"more")
+        curves.add_scalar(b"and more")
+    assert (tmp_path / "events").read_bytes() == b"whole"
+    assert capsys.readouterr().err.count("its curves end here") == 1

@@ -13,19 +13,22 @@ import os, signal, sys, time
 from multiprocessing import active_children
 from megatron_mlr1.engine.writer_queue import results_queue
 if __name__ == "__main__":
-    queue = results_queue()
+    queue = results_queue(mp_mode="fork")  # as the engine asks where it saves on the side
     signal.signal(signal.SIGTERM, lambda *_: None)
     print(*(child.pid for child in active_children()), flush=True)
     time.sleep(3)
     queue.put("saved")
-    print(queue.get(), flush=True)
+    print(results_queue().get(), flush=True)
     time.sleep(60)
 """
 
 
 def ends(pid: int) -> bool:
-    for _ in range(100):
-        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+    for _ in range(600):
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
             return True
         time.sleep(0.1)
     return False
