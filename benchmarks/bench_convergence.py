@@ -14,10 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.flags import a_count, a_time
 from benchmarks.frame import corpora, machine
 from benchmarks.frame.precisions import PRECISIONS, missing
 from benchmarks.frame.table import Table, kept_in, measured_by, parser
 from benchmarks.frame.training import Outcome, train
+from megatron_mlr1.ending import clean_exit
 
 STEM = "convergence"
 WINDOW = 20
@@ -139,9 +141,9 @@ def _parser() -> argparse.ArgumentParser:
     made = parser(__doc__, STEM)
     made.add_argument("--models", nargs="+", choices=SIZES, default=_default_models())
     made.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
-    made.add_argument("--steps", type=int, default=300, help="at least 50")
+    made.add_argument("--steps", type=a_count, default=300, help="at least 50")
     timeout = 1500.0 if machine.device() == "cpu" else 300.0
-    made.add_argument("--timeout", type=float, default=timeout, help="seconds, of each run")
+    made.add_argument("--timeout", type=a_time, default=timeout, help="seconds, of each run")
     return made
 
 
@@ -240,4 +242,5 @@ def _write(path: Path, curves: Mapping[str, Sequence[float]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with clean_exit():
+        sys.exit(main())

@@ -22,6 +22,7 @@ from typing import Final
 import psutil
 
 from megatron_mlr1 import cpu
+from megatron_mlr1.ending import clean_exit
 from megatron_mlr1.model.shape import named_shape
 
 LIMIT: Final = 2.5
@@ -171,4 +172,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with clean_exit():
+        sys.exit(main())

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_mlr1.ending import clean_exit
+
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "demo_time.md"
 LIMIT_SECONDS = 360
@@ -75,4 +77,5 @@ def table(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with clean_exit():
+        sys.exit(main())

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.flags import a_count
 from benchmarks.frame import contest, machine
 from benchmarks.frame.contest import Case, Contest, Entrant, Step
 from benchmarks.frame.roofline import Work
 from benchmarks.frame.table import parser
+from megatron_mlr1.ending import clean_exit
 
 STEM = "linear_kl"
 VOCABULARY = 128_256
@@ -44,8 +46,8 @@ class Inputs:
 def main() -> None:
     """Measure on the GPU where there is one, else on the CPU."""
     made = parser(__doc__, STEM)
-    made.add_argument("--widths", type=int, nargs="+", default=WIDTHS[machine.device()])
-    made.add_argument("--tokens", type=int, nargs="+", default=TOKENS[machine.device()])
+    made.add_argument("--widths", type=a_count, nargs="+", default=WIDTHS[machine.device()])
+    made.add_argument("--tokens", type=a_count, nargs="+", default=TOKENS[machine.device()])
     options = made.parse_args()
     cases = [case(width, tokens) for tokens in options.tokens for width in options.widths]
     contest.hold(CONTEST, cases, save=options.save)
@@ -199,4 +201,5 @@ CONTEST = Contest(
 
 
 if __name__ == "__main__":
-    main()
+    with clean_exit():
+        main()

@@ -30,6 +30,7 @@ from megatron_mlr1.data.loader import Loader, Turns
 from megatron_mlr1.data.mixture import Blend, ResolvedCorpus
 from megatron_mlr1.data.rows import Rows, bytes_of
 from megatron_mlr1.data.slabs import Slabs
+from megatron_mlr1.ending import clean_exit
 from megatron_mlr1.ops.extension import has_row
 
 RESULT: Final = Path(__file__).parent / "results" / "loader.md"
@@ -345,4 +346,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with clean_exit():
+        main()

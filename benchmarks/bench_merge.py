@@ -21,6 +21,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
+from megatron_mlr1.ending import clean_exit
+
 RESULT: Final = Path(__file__).parent / "results" / "merge.md"
 MEAN_TOKENS: Final = 20
 SIDES: Final = ("engine", "ours")
@@ -196,4 +198,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with clean_exit():
+        main()

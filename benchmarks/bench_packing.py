@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mlr1.data.packing import pack
+from megatron_mlr1.ending import clean_exit
 
 RESULT = Path(__file__).parent / "results" / "packing.md"
 Method = Callable[[NDArray[np.int32], int], int]
@@ -120,4 +121,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with clean_exit():
+        main()

@@ -29,6 +29,8 @@ from typing import Any, Final
 
 import psutil
 
+from megatron_mlr1.ending import clean_exit
+
 ROOT: Final = Path(__file__).resolve().parent.parent
 TEXT: Final = ROOT / "benchmarks" / "installed_text.py"
 RESULT: Final = ROOT / "benchmarks" / "results" / "preprocess.md"
@@ -319,4 +321,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with clean_exit():
+        main()

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.flags import a_count
 from benchmarks.frame import contest, machine
 from benchmarks.frame.contest import Case, Contest, Entrant, Step
 from benchmarks.frame.roofline import Work
 from benchmarks.frame.table import parser
 from megatron_mlr1 import cpu
+from megatron_mlr1.ending import clean_exit
 
 STEM = "qk_norm_rope"
 GROUPS = {9: 3, 16: 4, 24: 6}
@@ -37,8 +39,10 @@ Split = Callable[[Tensor], Parts]
 def main() -> None:
     """Measure on the GPU where there is one, else on the CPU."""
     made = parser(__doc__, STEM)
-    made.add_argument("--heads", type=int, nargs="+", choices=tuple(GROUPS), default=tuple(GROUPS))
-    made.add_argument("--tokens", type=int, default=TOKENS[machine.device()])
+    made.add_argument(
+        "--heads", type=a_count, nargs="+", choices=tuple(GROUPS), default=tuple(GROUPS)
+    )
+    made.add_argument("--tokens", type=a_count, default=TOKENS[machine.device()])
     options = made.parse_args()
     cases = [
         case(heads, options.tokens, layout, part)
@@ -196,4 +200,5 @@ CONTEST = Contest(
 
 
 if __name__ == "__main__":
-    main()
+    with clean_exit():
+        main()

@@ -23,6 +23,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Final
 
+from megatron_mlr1.ending import clean_exit
+
 RESULT: Final = Path(__file__).parent / "results" / "sampler.md"
 MEAN_TOKENS: Final = 1000
 SEQ_LENGTH: Final = 2048
@@ -312,4 +314,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with clean_exit():
+        main()

@@ -17,10 +17,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.flags import a_count, a_time
 from benchmarks.frame import corpora, machine
 from benchmarks.frame.precisions import PRECISIONS, missing
 from benchmarks.frame.table import Table, kept_in, measured_by, parser
 from benchmarks.frame.training import Outcome, train
+from megatron_mlr1.ending import clean_exit
 from megatron_mlr1.model.precision import transformer_engine_version
 from megatron_mlr1.model.shape import named_shape
 from megatron_mlr1.options import KERNELS
@@ -295,10 +297,10 @@ def words_parser(device: machine.Device) -> argparse.ArgumentParser:
     }
     for name, known in choices.items():
         made.add_argument(f"--{name}", nargs="+", choices=known, default=list(known))
-    made.add_argument("--steps", type=int, default=STEPS[device], help="of each run")
+    made.add_argument("--steps", type=a_count, default=STEPS[device], help="of each run")
     made.add_argument(
         "--micro-tokens",
-        type=int,
+        type=a_count,
         default=MICRO_TOKENS[device],
         help="tokens of a step, in one micro-batch (default %(default)s)",
     )
@@ -308,7 +310,9 @@ def words_parser(device: machine.Device) -> argparse.ArgumentParser:
         default=MINUTES[device],
         help="start no run later than that; 0 for no limit (default %(default)g)",
     )
-    made.add_argument("--timeout", type=float, default=TIMEOUT_S[device], help="seconds of one run")
+    made.add_argument(
+        "--timeout", type=a_time, default=TIMEOUT_S[device], help="seconds of one run"
+    )
     made.add_argument("--part", help="keep the table as step_PART, where some rows are selected")
     return made
 
@@ -350,4 +354,5 @@ def _corpora(root: Path, device: machine.Device, options: argparse.Namespace) ->
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with clean_exit():
+        sys.exit(main())

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.flags import a_count
 from benchmarks.frame import contest, machine
 from benchmarks.frame.contest import Case, Contest, Entrant, Step
 from benchmarks.frame.roofline import Work
 from benchmarks.frame.table import parser
+from megatron_mlr1.ending import clean_exit
 
 STEM = "swiglu"
 WIDTHS = (2048, 4096, 6144)
@@ -27,8 +29,8 @@ NUMBERS = {FORWARD: 3, BOTH: 8}
 def main() -> None:
     """Measure on the GPU where there is one, else on the CPU."""
     made = parser(__doc__, STEM)
-    made.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
-    made.add_argument("--tokens", type=int, default=TOKENS[machine.device()])
+    made.add_argument("--widths", type=a_count, nargs="+", default=WIDTHS)
+    made.add_argument("--tokens", type=a_count, default=TOKENS[machine.device()])
     options = made.parse_args()
     cases = [
         case(width, options.tokens, part) for width in options.widths for part in (FORWARD, BOTH)
@@ -124,4 +126,5 @@ CONTEST = Contest(
 
 
 if __name__ == "__main__":
-    main()
+    with clean_exit():
+        main()

@@ -9,10 +9,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from benchmarks.flags import a_count
 from benchmarks.frame import contest, machine
 from benchmarks.frame.contest import Case, Contest, Entrant, Step
 from benchmarks.frame.roofline import Work
 from benchmarks.frame.table import parser
+from megatron_mlr1.ending import clean_exit
 
 STEM = "swiglu_fp8"
 WIDTHS = (2048, 4096, 6144)
@@ -26,8 +28,8 @@ SCALE = 16.0
 def main() -> None:
     """Measure on the GPU where there is one, else on the CPU."""
     made = parser(__doc__, STEM)
-    made.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
-    made.add_argument("--tokens", type=int, default=TOKENS[machine.device()])
+    made.add_argument("--widths", type=a_count, nargs="+", default=WIDTHS)
+    made.add_argument("--tokens", type=a_count, default=TOKENS[machine.device()])
     options = made.parse_args()
     cases = [case(width, options.tokens, part) for width in options.widths for part in COPIES]
     contest.hold(CONTEST, cases, save=options.save)
@@ -111,4 +113,5 @@ CONTEST = Contest(
 
 
 if __name__ == "__main__":
-    main()
+    with clean_exit():
+        main()

@@ -26,6 +26,7 @@ import numpy as np
 import zmq
 from numpy.typing import NDArray
 
+from megatron_mlr1.ending import clean_exit
 from megatron_mlr1.teacher import payloads
 from megatron_mlr1.teacher.client import ClientOptions, ServedTeacher
 from megatron_mlr1.teacher.connection import Address, Connection, Phase, Wanted
@@ -340,4 +341,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with clean_exit():
+        main()

@@ -26,6 +26,7 @@ import torch
 import zstandard
 from numpy.typing import NDArray
 
+from megatron_mlr1.ending import clean_exit
 from megatron_mlr1.teacher.spec import Targets, TargetSpec, TeacherIdentity, layout
 from megatron_mlr1.teacher.store import make_store, open_store
 
@@ -209,4 +210,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with clean_exit():
+        main()

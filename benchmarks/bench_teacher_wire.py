@@ -27,6 +27,7 @@ from typing import Any, Final
 import numpy as np
 import zmq
 
+from megatron_mlr1.ending import clean_exit
 from megatron_mlr1.teacher import payloads
 from megatron_mlr1.teacher.content_key import content_key
 from megatron_mlr1.teacher.keys import (
@@ -387,4 +388,5 @@ def _fields(heard: Heard) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    with clean_exit():
+        main()

@@ -23,6 +23,8 @@ from itertools import count
 from pathlib import Path
 from typing import Final
 
+from megatron_mlr1.ending import clean_exit
+
 PLACES: Final = (
     *dict.fromkeys(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
     "/usr/share",
@@ -180,4 +182,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with clean_exit():
+        main()

@@ -1,5 +1,8 @@
 """How a program ends: what its user reads, and the exit status that a script reads."""
 
+import io
+import os
+import select
 import signal
 import sys
 from collections.abc import Iterator
@@ -16,6 +19,8 @@ def clean_exit() -> Iterator[None]:
     An `Mlr1Error` is printed to stderr without a traceback and gives its own exit status. SIGINT
     and SIGTERM give 128 + their number, after the work has removed what it half wrote, whatever
     the work made of them: compiled code that a signal meets may raise an error of its own instead.
+    Where nobody reads what is printed any more (`| head -1`), the end is that of SIGPIPE, in
+    silence; where it cannot be kept, on a full disk, the message is one of a user's error.
     """
     heard: list[int] = []
 
@@ -29,9 +34,18 @@ def clean_exit() -> Iterator[None]:
     before = {number: signal.signal(number, leave) for number in numbers}
     try:
         yield
+        if sys.stdout is not None:  # which is closed
+            sys.stdout.flush()
     except BaseException as error:
+        lost = _lost_output()
         if heard:
             raise SystemExit(128 + heard[0]) from None
+        if isinstance(error, BrokenPipeError) and isinstance(lost, BrokenPipeError):
+            raise SystemExit(128 + signal.SIGPIPE) from None
+        if lost is not None and isinstance(error, OSError):
+            words = f"What is printed cannot be written: {lost.strerror}. Send it elsewhere."
+            print(words, file=sys.stderr)
+            raise SystemExit(Mlr1Error.exit_code) from None
         if isinstance(error, Mlr1Error):
             print(error, file=sys.stderr)
             raise SystemExit(error.exit_code) from error
@@ -39,3 +53,21 @@ def clean_exit() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _lost_output() -> OSError | None:
+    """Tell why what is printed goes nowhere, if it does; Python's end must not trip over it."""
+    if sys.stdout is None:
+        return None
+    try:
+        sys.stdout.flush()
+        reader = select.poll()  # unbuffered output has nothing to flush
+        reader.register(sys.stdout.fileno(), select.POLLOUT)
+        if any(event & select.POLLERR for _, event in reader.poll(0)):
+            raise BrokenPipeError
+    except io.UnsupportedOperation:  # no file, but what a caller put in its place
+        return None
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return error
+    return None

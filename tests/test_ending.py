@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -61,3 +63,49 @@ def test_the_callers_own_handling_of_sigterm_comes_back():
     with clean_exit():
         assert signal.getsignal(signal.SIGTERM) is not before
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+PRINT = """
+from megatron_mlr1.ending import clean_exit
+with clean_exit():
+    for _ in range({times}):
+        print("a line" * 100)
+"""
+
+
+@pytest.mark.parametrize("times", [1, 1000])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_nobody_reads_ends_it_as_sigpipe_does_and_in_silence(times, unbuffered):
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        command = [sys.executable, "-c", PRINT.format(times=times)]
+        environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+        done = subprocess.run(
+            command, stdout=write, stderr=subprocess.PIPE, env=environment, timeout=60
+        )
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a full disk")
+def test_output_that_cannot_be_kept_is_an_error_in_one_line():
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-c", PRINT.format(times=1)]
+        environment = os.environ | {"PYTHONUNBUFFERED": ""}
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, env=environment, text=True, timeout=60
+        )
+    assert done.returncode == 2
+    assert done.stderr == (
+        "What is printed cannot be written: No space left on device. Send it elsewhere.\n"
+    )
+
+
+def test_a_closed_output_is_nothing_to_end_for():
+    command = [sys.executable, "-c", PRINT.format(times=1)]
+    done = subprocess.run(
+        command, preexec_fn=lambda: os.close(1), stderr=subprocess.PIPE, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -1,6 +1,8 @@
 """Convert weights between the engine's checkpoints and Hugging Face folders."""
 
 import argparse
+import logging
+import math
 import sys
 import warnings
 from collections.abc import Sequence
@@ -17,18 +19,23 @@ if TYPE_CHECKING:
 
 def main(words: Sequence[str] | None = None) -> None:
     """Run the program; an error of the user's ends it with its message alone."""
-    plan = _parser().parse_args(words)
+    parser = _parser()
+    plan = parser.parse_args(words)
+    if plan.direction == "megatron-to-hf" and not 0 < plan.max_shard_gb < math.inf:
+        parser.error(f"--max-shard-gb is {plan.max_shard_gb:g}; it must be a number above 0")
     with clean_exit(), warnings.catch_warnings():
         if not sys.warnoptions:
-            # The engine warns of a dozen absent accelerators, none of which converts weights.
+            # The engine warns of a dozen absent accelerators and of classes that it will replace;
+            # none of that is about weights.
             warnings.simplefilter("ignore")
+            logging.getLogger("megatron").setLevel(logging.ERROR)
         report = _convert(plan)
-    size = f"{report.num_bytes / 1e9:.2f} GB {str(report.dtype).removeprefix('torch.')}"
-    print(f"{plan.save}: {report.num_parameters:,} parameters, {size}")
-    print(f"  weights from {report.source}")
-    print(f"  tokenizer from {report.tokenizer}" if report.tokenizer else "  no tokenizer")
-    if report.difference:
-        print(f"  verified: {report.difference}")
+        size = f"{report.num_bytes / 1e9:.2f} GB {str(report.dtype).removeprefix('torch.')}"
+        print(f"{plan.save}: {report.num_parameters:,} parameters, {size}")
+        print(f"  weights from {report.source}")
+        print(f"  tokenizer from {report.tokenizer}" if report.tokenizer else "  no tokenizer")
+        if report.difference:
+            print(f"  verified: {report.difference}")
 
 
 def _parser() -> argparse.ArgumentParser:

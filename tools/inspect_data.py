@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_mlr1.data.index import open_corpus
 from megatron_mlr1.data.inspection import InspectionPlan, inspect
 from megatron_mlr1.data.inspection_words import as_json, as_text
+from megatron_mlr1.data.merge import find_corpora
 from megatron_mlr1.data.tokenizers import LOADERS, Tokenizer, TokenizerPlan, load_tokenizer
 from megatron_mlr1.ending import clean_exit
 
@@ -17,7 +18,12 @@ from megatron_mlr1.ending import clean_exit
 def read_words(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; exits with code 2 where it is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("corpora", nargs="+", metavar="PREFIX", help="corpus PREFIX.bin and .idx")
+    parser.add_argument(
+        "corpora",
+        nargs="+",
+        metavar="PREFIX",
+        help="corpora (paths without .bin and .idx), or folders of them",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object a corpus")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the lengths")
     group = parser.add_argument_group("samples")
@@ -53,9 +59,10 @@ def main(words: Sequence[str] | None = None) -> None:
     args = read_words(words)
     with clean_exit():
         tokenizer = read_tokenizer(args)
-        against = [open_corpus(prefix) for prefix in args.against]
+        corpora = find_corpora(args.corpora)
+        against = [open_corpus(prefix) for prefix in find_corpora(args.against)]
         plan = InspectionPlan(
-            prefixes=tuple(args.corpora),
+            prefixes=tuple(corpora),
             num_samples=args.samples,
             seed=args.seed,
             ngram=args.ngram,

@@ -33,10 +33,10 @@ def main() -> None:
             written = merge(
                 prefixes, args.output_prefix, overwrite=args.overwrite, on_progress=bar.update
             )
-    print(
-        f"{written.prefix}: {written.num_documents:,} documents, {written.num_tokens:,} tokens "
-        f"({written.dtype.name}) of {len(prefixes)} corpora"
-    )
+        print(
+            f"{written.prefix}: {written.num_documents:,} documents, {written.num_tokens:,} tokens "
+            f"({written.dtype.name}) of {len(prefixes)} corpora"
+        )
 
 
 if __name__ == "__main__":

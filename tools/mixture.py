@@ -4,12 +4,13 @@
 import argparse
 import csv
 import json
+import math
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
+from megatron_mlr1.data.disk import whole_file
 from megatron_mlr1.data.mixture_picture import draw_readings
 from megatron_mlr1.data.mixture_report import (
     MOST_EPOCHS,
@@ -23,7 +24,7 @@ from megatron_mlr1.data.mixture_report import (
     warnings,
 )
 from megatron_mlr1.ending import clean_exit
-from megatron_mlr1.errors import ConfigError, MachineError
+from megatron_mlr1.errors import ConfigError
 
 EXAMPLES = """examples:
   python tools/mixture.py show pretrain_phase1 --model 950m --stage pretrain_phase1
@@ -86,6 +87,8 @@ def _parser() -> argparse.ArgumentParser:
 def _show(args: argparse.Namespace) -> None:
     if (args.model is None) != (args.stage is None):
         raise ConfigError("--model and --stage name a recipe together; give both, or neither.")
+    if not 0 < args.max_epochs < math.inf:
+        raise ConfigError(f"--max-epochs is {args.max_epochs:g}; it must be a number above 0.")
     run = plan_run(
         args.mixture,
         args.mixture_switch,
@@ -124,19 +127,9 @@ def _print_numbers(readings: Sequence[Reading], kind: str) -> None:
 def _write_picture(
     readings: Sequence[Reading], heading: str, most_epochs: float, path: Path
 ) -> None:
-    """Write beside and rename: the picture is there whole, or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            draw_readings(readings, heading, most_epochs, file)
-        partial.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise MachineError(
-            f"{path} cannot be written ({error.strerror}). Give --output in a folder that is "
-            "there, may be written and has room."
-        ) from error
+    """Write the picture: it is there whole, or not at all."""
+    with whole_file(path, "--output") as file:
+        draw_readings(readings, heading, most_epochs, file)
 
 
 if __name__ == "__main__":

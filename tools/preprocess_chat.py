@@ -36,7 +36,7 @@ def main() -> None:
         )
         with tqdm(unit=" records", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
             summary = make_packs(plan, lambda records, stored_bytes: bar.update(records))
-    _print(summary, plan.rejected_path)
+        _print(summary, plan.rejected_path)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,7 +70,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _print(done: ChatSummary, rejected_path: Path) -> None:
     print(
-        f"{done.prefix}: {done.chats:,} chats in {done.packs:,} packs of {done.pack_length:,} "
+        f"{done.prefix}: {_counted(done.chats, 'chat')} in {_counted(done.packs, 'pack')} of "
+        f"{done.pack_length:,} "
         f"({done.chats / done.packs:.2f} to a pack, {done.fill:.2%} full), "
         f"{done.tokens:,} tokens, {done.trained_tokens:,} of them trained"
     )
@@ -84,6 +85,10 @@ def _print(done: ChatSummary, rejected_path: Path) -> None:
         print(f"  rejected: {count:,} x {reason}")
     if done.too_long or done.rejected:
         print(f"  they are in {rejected_path}")
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import os
 import re
 import signal
@@ -18,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from megatron_mlr1.errors import Mlr1Error
+from megatron_mlr1.ending import clean_exit
 
 # The rest is imported where it is needed: each process that tokenizes begins with importing this.
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ def read_words(words: Sequence[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) < 1:
             flag = f"--{name.replace('_', '-')}"
             parser.error(f"{flag} is {getattr(args, name)}; it counts {unit}, so at least 1")
+    if not 0 < args.journal_mb < math.inf:
+        parser.error(f"--journal-mb is {args.journal_mb:g}; it must be a number above 0")
     _refuse_half_commands(parser, args)
     return args
 
@@ -307,8 +310,13 @@ class Report:
 
 def main() -> None:
     """Make the corpora and print what they hold."""
-    args = read_words()
-    gc.disable()  # nothing of what is loaded before the work begins goes away again
+    with clean_exit():
+        args = read_words()
+        gc.disable()  # nothing of what is loaded before the work begins goes away again
+        _make(args)
+
+
+def _make(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from megatron_mlr1.data.jobs import prepare
@@ -326,9 +334,6 @@ def main() -> None:
         for line in run_all(jobs, report, stop, skip_finished=args.manifest is not None):
             tqdm.write(line)
         report.close()
-    except Mlr1Error as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
     except StoppedError as stopped:
         name = signal.Signals(stopped.number).name
         print(f"Stopped by {name}. The same command goes on from here.", file=sys.stderr)
@@ -364,7 +369,8 @@ def run_all(
 
 
 def _describe(summary: CorpusSummary, seconds: float) -> str:
-    rejected = f", {summary.num_rejected:,} records rejected" if summary.num_rejected else ""
+    records = "record" if summary.num_rejected == 1 else "records"
+    rejected = f", {summary.num_rejected:,} {records} rejected" if summary.num_rejected else ""
     return (
         f"{summary.prefix}: {summary.num_documents:,} documents, {summary.num_tokens:,} tokens "
         f"({summary.dtype}){rejected}, {summary.num_tokens / seconds:,.0f} tokens/s"

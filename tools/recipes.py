@@ -18,7 +18,10 @@ EXAMPLES = """examples:
 
 def main(words: Sequence[str] | None = None) -> None:
     """Run the program; an error of the user's ends it with its message alone."""
-    arguments, rest = _parser().parse_known_args(words)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(words)
+    if rest and (arguments.command == "list" or not rest[0].startswith("--")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     with clean_exit():
         if arguments.command == "list":
             print(_list())

@@ -43,10 +43,10 @@ def main() -> None:
         quiet = not sys.stderr.isatty()
         with tqdm(total=total, unit="B", unit_scale=True, disable=quiet) as bar:
             written, num_lost = repair(plan, bar.update)
-    print(
-        f"{written.prefix}: {written.num_documents:,} documents, {written.num_tokens:,} tokens "
-        f"({written.dtype.name}); {num_lost:,} documents left out"
-    )
+        print(
+            f"{written.prefix}: {written.num_documents:,} documents, {written.num_tokens:,} tokens "
+            f"({written.dtype.name}); {num_lost:,} documents left out"
+        )
 
 
 if __name__ == "__main__":

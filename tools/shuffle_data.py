@@ -39,10 +39,10 @@ def main() -> None:
         quiet = not sys.stderr.isatty()
         with tqdm(total=2 * total, unit="B", unit_scale=True, disable=quiet) as bar:
             written = shuffle(plan, bar.update)
-    print(
-        f"{written.prefix}: {written.num_documents:,} documents, {written.num_tokens:,} tokens "
-        f"({written.dtype.name}), shuffled with seed {args.seed}"
-    )
+        print(
+            f"{written.prefix}: {written.num_documents:,} documents, {written.num_tokens:,} tokens "
+            f"({written.dtype.name}), shuffled with seed {args.seed}"
+        )
 
 
 if __name__ == "__main__":

@@ -41,8 +41,8 @@ def main() -> None:
         quiet = not sys.stderr.isatty()
         with tqdm(total=total, unit="B", unit_scale=True, disable=quiet) as bar:
             shards = split(plan, bar.update)
-    for shard in shards:
-        print(f"{shard.prefix}: {shard.num_documents:,} documents, {shard.num_tokens:,} tokens")
+        for shard in shards:
+            print(f"{shard.prefix}: {shard.num_documents:,} documents, {shard.num_tokens:,} tokens")
 
 
 if __name__ == "__main__":

@@ -23,8 +23,10 @@ def main() -> None:
         secrets = [make_pair(args.folder, POOL)] if args.pool else []
         if args.student is not None:
             secrets.append(make_pair(args.folder / STUDENTS, args.student))
-    for path in secrets:
-        print(f"{path}: secret, readable by its owner alone; {path.stem}.key beside it is public")
+        for path in secrets:
+            print(
+                f"{path}: secret, readable by its owner alone; {path.stem}.key beside it is public"
+            )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_mlr1.data.texts import json_kind
 from megatron_mlr1.errors import DataError
 
 Message = dict[str, Any]
@@ -44,11 +45,10 @@ def check_messages(messages: Any) -> list[Message]:
 
 def _check_message(message: Any, before: Message | None, which: str) -> Message:
     if not isinstance(message, Mapping):
-        raise DataError(f"{which} is a {type(message).__name__} where {{role, content}} is needed")
+        raise DataError(f"{which} is {json_kind(message)} where {{role, content}} is needed")
     role, content = message.get("role"), message.get("content")
-    if role not in FOLLOWS:
+    if not isinstance(role, str) or role not in FOLLOWS:
         raise DataError(f"{which} has the role {role!r}; known are {', '.join(FOLLOWS)}")
-    assert isinstance(role, str), "the known roles are strings"
     behind = None if before is None else before["role"]
     if behind not in FOLLOWS[role]:
         place = "comes first" if behind is None else f"stands behind one of {behind}"
@@ -59,8 +59,8 @@ def _check_message(message: Any, before: Message | None, which: str) -> Message:
     if role == "assistant" and calls:
         return {"role": role, "content": content or "", "tool_calls": _check_calls(calls, which)}
     if not isinstance(content, str):
-        kind = "no content" if content is None else f"content of type {type(content).__name__}"
-        raise DataError(f"{which} has {kind} where text is needed")
+        kind = "no" if content is None else f"{json_kind(content)} as its"
+        raise DataError(f"{which} has {kind} content where text is needed")
     if not content.strip():
         raise DataError(f"{which}, of {role}, is empty")
     refuse_lone_surrogates(content, which)
@@ -68,7 +68,9 @@ def _check_message(message: Any, before: Message | None, which: str) -> Message:
 
 
 def _check_calls(calls: Any, which: str) -> list[Any]:
-    if not isinstance(calls, Sequence) or len(calls) != 1:
+    if not isinstance(calls, Sequence) or isinstance(calls, str):
+        raise DataError(f"{which} has {json_kind(calls)} as its tool_calls where a list is needed")
+    if len(calls) != 1:
         raise DataError(f"{which} makes several tool calls; the model makes one in a turn")
     call = calls[0].get("function") if isinstance(calls[0], Mapping) else None
     name = call.get("name") if isinstance(call, Mapping) else None

@@ -20,12 +20,12 @@ from megatron_mlr1.data.chat_encode import ChatEncoding, EncodedChats, encode_in
 from megatron_mlr1.data.chat_layouts import Layout, named, read_questions
 from megatron_mlr1.data.chat_records import RecordBatch, read_records
 from megatron_mlr1.data.chat_template import ChatTokenizer, load_chat_tokenizer
-from megatron_mlr1.data.disk import refuse_existing
+from megatron_mlr1.data.disk import refuse_existing, refuse_folders, refuse_nameless
 from megatron_mlr1.data.encode import describe_tokenizer
 from megatron_mlr1.data.index import bin_path, idx_path, meta_path
 from megatron_mlr1.data.inputs import Unit, find_units, fingerprint
 from megatron_mlr1.data.pack_files import PackWriter, Rejects, Spill, loss_path
-from megatron_mlr1.data.packing import pack
+from megatron_mlr1.data.packing import pack, refuse_pack_length
 from megatron_mlr1.data.provenance import CorpusRecord, FileRecord
 from megatron_mlr1.data.tokenizers import TokenizerPlan
 from megatron_mlr1.errors import ConfigError, DataError
@@ -54,6 +54,10 @@ class ChatPlan:
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise ConfigError(f"--workers is {self.workers}; tokenizing needs at least 1.")
+        refuse_nameless(self.output_prefix)
+        refuse_pack_length(self.encoding.pack_length)
+        if self.seed < 0:
+            raise ConfigError(f"--seed is {self.seed}; it must be 0 or more.")
 
     @property
     def prefix(self) -> str:
@@ -120,10 +124,11 @@ def make_packs(
     layout = None if plan.layout is None else named(plan.layout)
     units = find_units(plan.inputs)
     described = _describe(plan, tokenizer, units)
+    prefix = plan.prefix
+    targets = bin_path(prefix), idx_path(prefix), loss_path(prefix), meta_path(prefix)
     if not plan.overwrite:
-        prefix = plan.prefix
-        refuse_existing(bin_path(prefix), idx_path(prefix), loss_path(prefix), meta_path(prefix))
-        refuse_existing(plan.rejected_path)
+        refuse_existing(*targets, plan.rejected_path)
+    refuse_folders(*targets, plan.rejected_path)
     summary = ChatSummary(plan.prefix, plan.encoding.pack_length)
     with ExitStack() as stack:
         spill = Spill(Path(f"{plan.prefix}.chats.partial"))
@@ -171,9 +176,11 @@ def _refuse_nothing(summary: ChatSummary) -> None:
     counted = summary.chats + summary.too_long + summary.rejected
     assert counted == summary.records, "every record is a chat, too long, or rejected"
     if summary.chats == 0:
+        rejected = "".join(f" {n:,} x {why}." for why, n in summary.reasons.most_common(1))
         raise DataError(
             f"None of {summary.records:,} records is a chat of at most {summary.pack_length:,} "
-            f"tokens ({summary.too_long:,} are longer). Give a larger --pack-length, or chats."
+            f"tokens: {summary.too_long:,} are longer, {summary.rejected:,} are no chats.{rejected}"
+            " Give a larger --pack-length, or chats."
         )
 
 

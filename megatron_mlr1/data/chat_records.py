@@ -11,6 +11,7 @@ import orjson
 
 from megatron_mlr1.data.chat_layouts import Layout, Record, detect
 from megatron_mlr1.data.inputs import Unit
+from megatron_mlr1.data.texts import json_kind
 from megatron_mlr1.errors import DataError
 
 BATCH_BYTES = 1 << 20
@@ -41,9 +42,19 @@ class RecordBatch:
 
     def records(self) -> Iterator[tuple[str, Record | DataError]]:
         """Yield the place of each record, and the record or why there is none."""
-        found = map(_parse, self.lines) if self.table is None else self.table.to_pylist()
+        found = map(_parse, self.lines) if self.table is None else self._rows()
         for number, record in enumerate(found, start=self.first):
             yield f"{self.path}:{number}", record
+
+    def _rows(self) -> Iterator[Record | DataError]:
+        try:
+            yield from self.table.to_pylist()
+        except UnicodeDecodeError:  # before the first is given: look at each
+            for row in range(self.num_records):
+                try:
+                    yield from self.table.slice(row, 1).to_pylist()
+                except UnicodeDecodeError:
+                    yield DataError("a text of this row is not UTF-8")
 
 
 def read_records(unit: Unit, layout: Layout | None) -> Iterator[RecordBatch]:
@@ -154,7 +165,7 @@ def _wanted(layout: Layout, columns: list[str]) -> list[str]:
 
 
 def _damaged(path: str, number: int, error: Exception) -> DataError:
-    what = str(error).splitlines()[0] if str(error) else type(error).__name__
+    what = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
     return DataError(f"{path}:{number}: cannot be read from here on: {what}. Copy the file again.")
 
 
@@ -166,5 +177,5 @@ def _parse(line: bytes) -> Record | DataError:
     except orjson.JSONDecodeError as error:
         return DataError(f"not JSON: {error}")
     if not isinstance(record, dict):
-        return DataError(f"a JSON {type(record).__name__} where an object is needed")
+        return DataError(f"{json_kind(record)} where an object is needed")
     return record

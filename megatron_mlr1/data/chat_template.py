@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from megatron_mlr1.data.chat import Message, texts_of
 from megatron_mlr1.data.chat_engine import CheckedEncoder
 from megatron_mlr1.data.index import token_dtype
+from megatron_mlr1.data.tokenizers import not_loaded
 from megatron_mlr1.errors import ConfigError, DataError
 
 TRAIN_ON = ("assistant", "last", "all")
@@ -117,13 +118,9 @@ class ChatTokenizer:
         return TokenizedChat(ids, trained)
 
     def _render_or_refuse(self, messages: Sequence[Message]) -> _Rendered | DataError:
-        from jinja2 import TemplateError
-
         try:
             self._refuse_special_text(messages)
             return self._render(list(messages))
-        except TemplateError as error:
-            return DataError(f"the chat template refuses it: {error}")
         except DataError as error:
             return error
 
@@ -146,9 +143,18 @@ class ChatTokenizer:
         return _Rendered(text, tuple(cuts))
 
     def _text(self, messages: list[Message], *, ask: bool) -> str:
-        text: str = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=ask
-        )
+        from jinja2 import TemplateError
+
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=ask
+            )
+        except TemplateError as error:
+            raise DataError(f"the chat template refuses it: {error}") from error
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            # Whatever the template computes with a message that it did not expect.
+            kind = type(error).__name__
+            raise DataError(f"the chat template fails at it: {kind}: {error}") from error
         return text
 
     def _refuse_special_text(self, messages: Sequence[Message]) -> None:
@@ -181,10 +187,7 @@ def load_chat_tokenizer(model: str, train_on: str) -> ChatTokenizer:
     try:
         loaded: Any = PreTrainedTokenizerFast.from_pretrained(model)
     except Exception as error:  # the Rust library raises nothing narrower
-        raise DataError(
-            f"--tokenizer-model {model} cannot be loaded: {str(error).splitlines()[0]} "
-            "Name a folder with tokenizer.json and tokenizer_config.json, or a hub name."
-        ) from error
+        raise not_loaded(model, error) from error
     if loaded.chat_template is not None:
         return ChatTokenizer(loaded, train_on, None)
     vocabulary = loaded.get_vocab()

@@ -118,6 +118,8 @@ def _hub_rows(unit: Unit, keys: Sequence[str], skip: int) -> Iterator[dict[str, 
     except ImportError as error:
         raise missing_package(error, unit.path) from error
     name, config, split = (unit.path.removeprefix(HUB) + "::").split(":")[:3]
+    if not name:
+        raise ConfigError(f"{unit.path} names no data set. Write hf://org/name[:config][:split].")
     try:
         stream = datasets.load_dataset(
             name, config or None, split=split or "train", streaming=True
@@ -263,4 +265,5 @@ def _refuse_empty(path: str, num_rows: int) -> None:
 
 
 def _damaged(path: str, error: Exception) -> DataError:
-    return DataError(f"{path}: cannot be read: {error}. Copy the file again.")
+    what = str(error).rstrip(".")
+    return DataError(f"{path}: cannot be read: {what}. Copy the file again.")

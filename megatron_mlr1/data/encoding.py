@@ -96,6 +96,12 @@ class Encoding:
             MachineError: the disk is full or failed.
         """
         self.wait()
+        if self.now.records == self.now.rejected:
+            self.journaled = replace(self.journaled, position=None)
+            raise DataError(
+                f"All {self.now.records} records of the input were rejected; a corpus needs "
+                "documents. Leave --on-error skip out to see what is wrong with the first."
+            )
         for key, writer in self._writers.items():
             _refuse_difference(self.now.records, writer.num_documents, self.now.rejected)
             if writer.num_tokens == 0:

@@ -292,8 +292,7 @@ class IndexWriter:
     def discard(self) -> None:
         """Close and remove whatever is not finished; does nothing after `publish`."""
         self.suspend()
-        for path in self._unfinished:
-            path.unlink(missing_ok=True)
+        disk.remove(self._unfinished)
         self._unfinished.clear()
 
 
@@ -353,10 +352,9 @@ def open_corpus(prefix: str) -> Corpus:
         DataError: a file is missing, is no index, is cut short, or does not fit the other.
     """
     path = idx_path(prefix)
-    with disk.names_the_file(path, DataError):
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            header = file.read(HEADER.size)
+    size = disk.file_size(path)
+    with disk.names_the_file(path, DataError), path.open("rb") as file:
+        header = file.read(HEADER.size)
     dtype, num_sequences, num_ends = read_header(path, header)
     must_be = HEADER.size + 12 * num_sequences + 8 * num_ends
     if size != must_be:
@@ -371,8 +369,7 @@ def open_corpus(prefix: str) -> Corpus:
         raise _broken(path, f"ends its documents at {ends[-1]} of {num_sequences} sequences")
     num_bytes = int(begins[-1]) + int(lengths[-1]) * dtype.itemsize
     path = bin_path(prefix)
-    with disk.names_the_file(path, DataError):
-        size = path.stat().st_size
+    size = disk.file_size(path)
     if size != num_bytes:
         raise _broken(path, f"has {size} bytes where its index makes {num_bytes}")
     return Corpus(prefix, np.memmap(path, dtype, mode="r"), lengths, begins, ends)

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
@@ -95,31 +96,43 @@ def fingerprint(units: Sequence[Unit]) -> list[dict[str, Any]]:
 
 
 def _digest(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            digest = hashlib.sha256(str(size).encode() + file.read(FINGERPRINT_BYTES))
-            file.seek(max(0, size - FINGERPRINT_BYTES))
-            digest.update(file.read(FINGERPRINT_BYTES))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}. Mend that.") from error
+    with _reading(path), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest = hashlib.sha256(str(size).encode() + file.read(FINGERPRINT_BYTES))
+        file.seek(max(0, size - FINGERPRINT_BYTES))
+        digest.update(file.read(FINGERPRINT_BYTES))
     return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or path
+        raise DataError(
+            f"{where}: cannot be read: {error.strerror}. Mend that, or name other input."
+        ) from error
 
 
 def _whole_units(name: str) -> Iterator[Unit]:
     if name.startswith(HUB):
         yield Unit(name, "hub", 0, 1, 0)
         return
+    if not name:
+        raise ConfigError("An --input is '', which names nothing. For this folder say ./ instead.")
     path = Path(name)
-    found = [path] if path.exists() else sorted(map(Path, glob(name, recursive=True)))
-    files = [file for entry in found for file in _files(entry)]
+    with _reading(path):
+        found = [path] if path.exists() else sorted(map(Path, glob(name, recursive=True)))
+        files = [file for entry in found for file in _files(entry)]
     if not files:
         raise DataError(
             f"{name}: no such file, or a folder without files of known endings "
             f"({', '.join(_known_endings())}). Give a file, a folder, or a pattern in quotes."
         )
     for file in files:
-        kind, size = _kind(file), file.stat().st_size
+        with _reading(file):
+            kind, size = _kind(file), file.stat().st_size
         if size == 0:
             raise DataError(f"{file} is empty; it needs at least one document. Leave it out.")
         is_cut_by_bytes = kind == "jsonl" and file.suffix not in COMPRESSED
@@ -130,18 +143,38 @@ def _files(entry: Path) -> Iterator[Path]:
     if not entry.is_dir():
         yield entry
     elif (entry / "dataset_dict.json").is_file():
-        splits = json.loads((entry / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        splits = _names_in(entry / "dataset_dict.json", lambda found: found["splits"])
         raise DataError(
             f"{entry} holds the splits {', '.join(splits)}; a corpus is made of one. "
             f"Name one, such as {entry / splits[0]}."
         )
     elif (entry / "state.json").is_file() and (entry / "dataset_info.json").is_file():
-        state = json.loads((entry / "state.json").read_text(encoding="utf-8"))
-        yield from (entry / file["filename"] for file in state["_data_files"])
+        names = _names_in(
+            entry / "state.json", lambda found: [file["filename"] for file in found["_data_files"]]
+        )
+        yield from (entry / name for name in names)
     else:
         for inner in sorted(entry.iterdir()):
             if inner.is_dir() or inner.name.endswith(_known_endings()):
                 yield from _files(inner)
+
+
+def _names_in(path: Path, of: Callable[[Any], Sequence[Any]]) -> Sequence[str]:
+    """Read the names that a file of `datasets` lists.
+
+    Raises:
+        DataError: it lists none.
+    """
+    try:
+        names = of(json.loads(path.read_bytes()))
+        if not names or not all(isinstance(name, str) for name in names):
+            raise TypeError("it lists no names")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DataError(
+            f"{path} is not what `datasets` writes ({type(error).__name__}: {error}). Save the "
+            "data set again."
+        ) from error
+    return names
 
 
 def _kind(path: Path) -> str:

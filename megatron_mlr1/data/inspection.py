@@ -1,10 +1,9 @@
 """Look into corpora: what each holds, samples of it, and the benchmarks that it holds pieces of."""
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,7 +11,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from megatron_mlr1.data.index import Corpus, open_corpus
+from megatron_mlr1.data.disk import whole_file
+from megatron_mlr1.data.index import Corpus, bin_path, idx_path, open_corpus
 from megatron_mlr1.data.overlap import ContaminatedDocument, Grams, Overlap, find_overlap
 from megatron_mlr1.data.statistics import (
     Sample,
@@ -23,7 +23,7 @@ from megatron_mlr1.data.statistics import (
     statistics,
 )
 from megatron_mlr1.data.tokenizers import Tokenizer
-from megatron_mlr1.errors import MachineError
+from megatron_mlr1.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,10 +63,14 @@ def inspect(
         Mlr1Error: a file or a corpus is not as it must be.
     """
     corpora = [open_corpus(prefix) for prefix in plan.prefixes]
+    _refuse_inputs(plan, [*corpora, *against])
     eod = None if tokenizer is None else tokenizer.eod
     grams = Grams(against, plan.ngram, eod) if against else None
     measured = []
-    with _new_file(plan.report) as report, _new_file(plan.picture) as picture:
+    with (
+        _new_file(plan.report, "--report") as report,
+        _new_file(plan.picture, "--picture") as picture,
+    ):
         for corpus in corpora:
             overlap: Overlap | None = None
             warnings: tuple[str, ...] = ()
@@ -113,30 +117,27 @@ def _doubts(
 
 
 @contextmanager
-def _new_file(path: Path | None) -> Iterator[BinaryIO | None]:
-    """Open a file that gets its name when all of it is written, over one that is there.
-
-    Raises:
-        MachineError: the folder is missing or cannot be written, or the disk is full.
-    """
+def _new_file(path: Path | None, flag: str) -> Iterator[BinaryIO | None]:
+    """Open the file that a flag names, if it names one; see `disk.whole_file`."""
     if path is None:
         yield None
         return
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise MachineError(
-            f"{partial}: {error.strerror}. It needs a folder that is there, may be written and "
-            "has room; mend that and run again."
-        ) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
+    with whole_file(path, flag) as file:
+        yield file
+
+
+def _refuse_inputs(plan: InspectionPlan, corpora: Sequence[Corpus]) -> None:
+    """Refuse to write over what is read, or two files over each other.
+
+    Raises:
+        ConfigError: it would be.
+    """
+    read = {path.resolve() for it in corpora for path in (bin_path(it.prefix), idx_path(it.prefix))}
+    for flag, path in (("--report", plan.report), ("--picture", plan.picture)):
+        if path is not None and path.resolve() in read:
+            raise ConfigError(f"{flag} is {path}, which is read as a corpus. Name another file.")
+    if plan.report is not None and plan.report == plan.picture:
+        raise ConfigError(f"--report and --picture are both {plan.report}. Name two files.")
 
 
 def _report_lines(

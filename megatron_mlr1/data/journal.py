@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -111,9 +111,11 @@ def read_journal(prefix: str) -> Journal | None:
         fields = json.loads(data)
         if fields["format"] != FORMAT:
             raise ValueError(f"its format is {fields['format']}, known is {FORMAT}")
+        if not isinstance(fields["plan"], dict):
+            raise TypeError("its plan is none")
         counts = {key: Counts(**parts) for key, parts in fields["counts"].items()}
         return Journal(**(fields | {"counts": counts}))
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{path} is no journal that this version knows ({error}). Begin anew with --overwrite."
         ) from error
@@ -157,22 +159,35 @@ def only_run(prefix: str) -> Iterator[None]:
         MachineError: the folder is missing or cannot be written.
     """
     path = Path(f"{prefix}.journal.lock")
-    with names_the_file(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    descriptor = _lock(path)
     try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _lock(path: Path) -> int:
+    """Take the lock, and give its descriptor.
+
+    A run that ends removes its file. Whoever had opened that before locks a file without a name,
+    which keeps nobody out, and looks again.
+    """
+    while True:
+        with names_the_file(path):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            os.close(descriptor)
             raise ConfigError(
                 f"{path}: another run writes these corpora at this moment. Let it end."
             ) from error
         except OSError:
-            pass  # a file system without locks: nobody can be kept out
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-    finally:
+            return descriptor  # a file system without locks: nobody can be kept out
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
         os.close(descriptor)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
-from ruamel.yaml.error import YAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from megatron_mlr1.data.encode import EncodePlan
 from megatron_mlr1.data.jobs import PreprocessPlan
@@ -74,7 +74,7 @@ def read_manifest(run: ManifestRun) -> dict[str, PreprocessPlan]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{run.path}: cannot be read ({error}). Name a YAML file.") from error
     except YAMLError as error:
-        raise ConfigError(f"{run.path}: not YAML. {error}") from error
+        raise _not_yaml(run.path, error) from error
     reader = _Reader(run)
     sections = reader.mapping(top, TOP, 1)
     defaults = reader.mapping(sections.get("defaults", CommentedMap()), SETTINGS, 1)
@@ -89,6 +89,16 @@ def read_manifest(run: ManifestRun) -> dict[str, PreprocessPlan]:
     return {name: plan for name, plan in plans.items() if not run.only or name in run.only}
 
 
+def _not_yaml(path: Path, error: YAMLError) -> ConfigError:
+    """Say in one line what the YAML library says in many."""
+    what, where = str(error).splitlines()[0], str(path)
+    if isinstance(error, MarkedYAMLError):
+        what = error.problem or what
+        mark = error.problem_mark or error.context_mark
+        where = where if mark is None else f"{path}:{mark.line + 1}"
+    return ConfigError(f"{where}: not YAML: {what}. Mend the line.")
+
+
 class _Reader:
     """Reads the nodes of one manifest, and names the line of what is wrong."""
 
@@ -96,13 +106,16 @@ class _Reader:
         self._run = run
 
     def wrong(self, line: int, what: str) -> ConfigError:
-        return ConfigError(f"{self._run.path}:{line}: {what}")
+        place = f"{self._run.path}:"
+        return ConfigError(what if what.startswith(place) else f"{place}{line}: {what}")
 
     def mapping(self, node: object, known: Sequence[str], line: int) -> CommentedMap:
         """Refuse what is not a mapping, or has a name that is not known there."""
         if not isinstance(node, CommentedMap):
             raise self.wrong(
-                line, f"{node!r} stands where names with values must, such as {known[0]}: ..."
+                line,
+                f"{'nothing' if node is None else repr(node)} stands where names with values must, "
+                f"such as {known[0]}: ...",
             )
         for key in node:
             where = f"{self._run.path}:{_line(node, key)}"

@@ -1,9 +1,11 @@
 """Several corpora to one, in constant memory."""
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_mlr1.data.disk import names_the_file
 from megatron_mlr1.data.index import bin_path, idx_path
 from megatron_mlr1.data.provenance import (
     CorpusRecord,
@@ -33,8 +35,14 @@ def find_corpora(inputs: Iterable[str]) -> list[str]:
     """
     prefixes: list[str] = []
     for given in inputs:
-        is_corpus = bin_path(given).exists() or idx_path(given).exists()
-        is_folder = Path(given).is_dir()
+        if not given:
+            raise ConfigError(
+                "An input is '', which names nothing. Name a folder, or a path without .bin and "
+                ".idx; for this folder say ./ instead."
+            )
+        with names_the_file(Path(given), DataError):
+            is_corpus = bin_path(given).exists() or idx_path(given).exists()
+            is_folder = Path(given).is_dir()
         if is_corpus and is_folder and not given.endswith("/"):
             raise ConfigError(
                 f"{given} is a folder, and beside it lie files of a corpus of that name. "
@@ -44,8 +52,9 @@ def find_corpora(inputs: Iterable[str]) -> list[str]:
     for prefix in prefixes:
         for path in (bin_path(prefix), idx_path(prefix)):
             if not path.is_file():
+                what = "is no file" if os.path.lexists(path) else "is not there"
                 raise DataError(
-                    f"{path} is not there. An input is a folder, or a path without .bin and .idx "
+                    f"{path} {what}. An input is a folder, or a path without .bin and .idx "
                     "that has both files; give that, or make the corpus again."
                 )
     _refuse_twice(prefixes)
@@ -53,7 +62,8 @@ def find_corpora(inputs: Iterable[str]) -> list[str]:
 
 
 def _in_folder(folder: Path) -> list[str]:
-    names = sorted(path.name for path in folder.iterdir())
+    with names_the_file(folder, DataError):
+        names = sorted(path.name for path in folder.iterdir())
     marks = (".partial", ".journal.json", ".unshuffled.bin", ".unshuffled.idx")
     unfinished = [name for name in names if name.endswith(marks)]
     if unfinished:

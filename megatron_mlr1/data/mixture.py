@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_mlr1.data.disk import names_the_file
 from megatron_mlr1.errors import DataError
 from megatron_mlr1.recipes import Corpus, Mixture
 
@@ -52,7 +53,8 @@ def resolve(mixture: Mixture, data_root: Path) -> tuple[ResolvedCorpus, ...]:
         if corpus.weight == 0:
             continue
         try:
-            found += _share_out(corpus, _pairs(corpus.name, data_root))
+            with names_the_file(data_root, DataError):
+                found += _share_out(corpus, _pairs(corpus.name, data_root))
         except DataError as error:
             faults.append(f"  {corpus.name} ({corpus.dataset}): {error}")
     if faults:

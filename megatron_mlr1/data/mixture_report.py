@@ -18,6 +18,9 @@ MOST_EPOCHS = 4.0
 """From here on repeated tokens are worth visibly less than new ones (Muennighoff et al. 2023,
 "Scaling data-constrained language models", arXiv 2305.16264)."""
 
+MOST = 2**53
+"""Samples, and tokens of one, at most: whole numbers up to here are exact where shares are."""
+
 PUBLISHED_TOKENS = {
     "starcoder": 263.8e9,
     "openwebmath": 12.6e9,
@@ -123,10 +126,10 @@ def plan_run(
             "How much is read is not known: give --model and --stage, or --seq-length (tokens of "
             "a sample) and --train-samples."
         )
-    if seq_length < 1 or num_samples < 1:
+    if not (1 <= seq_length <= MOST and 1 <= num_samples <= MOST):
         raise ConfigError(
-            f"--seq-length is {seq_length} and --train-samples {num_samples}; both must be 1 or "
-            "more."
+            f"--seq-length is {seq_length} and --train-samples {num_samples}; both must be 1 to "
+            f"{MOST}."
         )
     options, _ = split_words([] if switches is None else ["--mixture-switch", switches])
     for sample, name in options.mixture_switch:

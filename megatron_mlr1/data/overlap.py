@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_mlr1.data.index import Corpus, bin_path
+from megatron_mlr1.data.index import MAX_SEQUENCE_TOKENS, Corpus, bin_path
 from megatron_mlr1.data.statistics import document_spans
 from megatron_mlr1.errors import ConfigError, DataError, MachineError
 
@@ -80,11 +80,13 @@ class Grams:
         """Read the benchmarks; about 100 bytes a token.
 
         Raises:
-            ConfigError: `n` is less than 1.
+            ConfigError: `n` is less than 1, or more than a document can have.
             DataError: an index contradicts itself, or there is no gram at all.
         """
-        if n < 1:
-            raise ConfigError(f"--ngram is {n}; it counts tokens, so at least 1. 13 is usual.")
+        if not 1 <= n <= MAX_SEQUENCE_TOKENS:
+            raise ConfigError(
+                f"--ngram is {n}; it counts tokens, so 1 to {MAX_SEQUENCE_TOKENS}. 13 is usual."
+            )
         self.n, self.eod = n, eod
         spans = [_all_borders(corpus) for corpus in benchmarks]
         self.benchmark = np.repeat(np.arange(len(spans)), [borders.size - 1 for borders in spans])

@@ -5,6 +5,7 @@ import json
 import os
 from array import array
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mlr1.data.chat_encode import TARGET, EncodedChats, Refused
-from megatron_mlr1.data.disk import flush_to_disk, names_the_file
+from megatron_mlr1.data.disk import flush_to_disk, names_the_file, remove
 from megatron_mlr1.data.index import DocumentBlock, IndexWriter, meta_path
 from megatron_mlr1.data.packing import Packs
 from megatron_mlr1.data.provenance import CorpusRecord, FileRecord, record_file, write_record
@@ -97,8 +98,9 @@ class Spill:
 
     def remove(self) -> None:
         """Close the file and remove it."""
-        self._file.close()
-        self._path.unlink(missing_ok=True)
+        with suppress(OSError):  # closing flushes, which fails again where the disk is full
+            self._file.close()
+        remove([self._path])
 
 
 class Rejects:
@@ -142,8 +144,9 @@ class Rejects:
     def discard(self) -> None:
         """Remove what is not finished."""
         if self._file is not None:
-            self._file.close()
-            self._partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                self._file.close()
+            remove([self._partial])
 
 
 class PackWriter:
@@ -212,5 +215,6 @@ class PackWriter:
     def discard(self) -> None:
         """Remove what is not finished."""
         self._writer.discard()
-        self._file.close()
-        self._loss_partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            self._file.close()
+        remove([self._loss_partial])

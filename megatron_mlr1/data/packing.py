@@ -41,6 +41,19 @@ class Packs:
             place += size
 
 
+def refuse_pack_length(pack_length: int) -> None:
+    """Refuse a length that no pack may have.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if not 2 <= pack_length <= MAX_PACK_LENGTH:
+        raise ConfigError(
+            f"--pack-length is {pack_length}; it must be from 2 to {MAX_PACK_LENGTH} tokens. "
+            "Give the --seq-length of the training."
+        )
+
+
 def pack(lengths: NDArray[np.int32], pack_length: int, seed: int) -> Packs:
     """Put every chat into one pack; the same packs for the same arguments.
 
@@ -56,11 +69,7 @@ def pack(lengths: NDArray[np.int32], pack_length: int, seed: int) -> Packs:
         ConfigError: `pack_length` is out of range.
         DataError: there are no chats, or too many.
     """
-    if not 2 <= pack_length <= MAX_PACK_LENGTH:
-        raise ConfigError(
-            f"--pack-length is {pack_length}; it must be from 2 to {MAX_PACK_LENGTH} tokens. "
-            "Give the --seq-length of the training."
-        )
+    refuse_pack_length(pack_length)
     if not 0 < lengths.size < 2**32:
         raise DataError(f"{lengths.size} chats cannot be packed; there must be 1 to 2**32 - 1.")
     assert lengths.min() >= 1, "a chat must have a token"

@@ -7,13 +7,14 @@ the same bytes. Memory does not grow with the input.
 
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_mlr1.data.disk import refuse_existing
+from megatron_mlr1.data.disk import names_the_file, refuse_existing, refuse_folders
 from megatron_mlr1.data.encode import Position, encode_units
 from megatron_mlr1.data.encoding import Encoding
 from megatron_mlr1.data.index import (
@@ -21,6 +22,7 @@ from megatron_mlr1.data.index import (
     IndexWriter,
     bin_path,
     idx_path,
+    meta_path,
     partial_paths,
     publish_sealed,
 )
@@ -50,7 +52,7 @@ from megatron_mlr1.data.shuffle import (
     shuffle_into,
 )
 from megatron_mlr1.data.stored_index import open_index
-from megatron_mlr1.errors import ConfigError, Mlr1Error
+from megatron_mlr1.errors import ConfigError, DataError, MachineError, Mlr1Error
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,8 @@ def preprocess(
             return run.finish()
         except BaseException as error:
             if run.journal.position is None:
-                _remove_unfinished(plan)
+                with suppress(MachineError):  # it must not hide why the run ended
+                    _remove_unfinished(plan)
             elif isinstance(error, Mlr1Error):
                 raise goes_on(error, plan.prefix) from error
             raise
@@ -103,17 +106,21 @@ def preprocess(
 def _begin(job: Job) -> Journal:
     """Read the journal of the same plan, or begin a new one."""
     plan = job.plan
-    journal = read_journal(plan.prefix)
+    prefixes = [plan.corpus_prefix(key) for key in plan.encode.json_keys]
+    for prefix in prefixes:
+        refuse_folders(bin_path(prefix), idx_path(prefix), meta_path(prefix))
+        refuse_folders(*partial_paths(prefix), *partial_paths(unshuffled_prefix(prefix)))
+    refuse_folders(*rejected_paths(plan.prefix), journal_path(plan.prefix))
+    journal = _journal_of(plan)
     if journal is not None:
         try:
             refuse_other_plan(plan.prefix, journal, job.decides)
         except ConfigError:
             if not plan.overwrite:
                 raise
-            _remove_unfinished(plan, journal.plan["keys"])
+            _remove_unfinished(plan, journal.plan.get("keys", ()))
             journal = None
     if journal is None:
-        prefixes = [plan.corpus_prefix(key) for key in plan.encode.json_keys]
         if not plan.overwrite:
             for prefix in prefixes:
                 refuse_existing(bin_path(prefix), idx_path(prefix), *partial_paths(prefix))
@@ -121,6 +128,16 @@ def _begin(job: Job) -> Journal:
         journal = Journal(plan=job.decides)
         write_journal(plan.prefix, journal)
     return replace(journal, plan=job.decides)
+
+
+def _journal_of(plan: PreprocessPlan) -> Journal | None:
+    """Read the journal of an earlier run; one that cannot be read is none if it may be replaced."""
+    try:
+        return read_journal(plan.prefix)
+    except DataError:
+        if not plan.overwrite:
+            raise
+        return None
 
 
 class _Run:
@@ -282,13 +299,18 @@ def unshuffled_prefix(prefix: str) -> str:
 
 
 def _remove_unfinished(plan: PreprocessPlan, keys: Sequence[str] = ()) -> None:
-    """Remove all that a run leaves but finished corpora, of other keys too; the journal last."""
+    """Remove all that a run leaves but finished corpora, of other keys too; the journal last.
+
+    Raises:
+        MachineError: something cannot be removed.
+    """
+    files: list[Path] = []
     for key in {*plan.encode.json_keys, *keys}:
         prefix = plan.corpus_prefix(key)
         source = unshuffled_prefix(prefix)
         shutil.rmtree(shuffle_folder(prefix), ignore_errors=True)
         own = bin_path(source), idx_path(source)
-        for path in (*partial_paths(prefix), *partial_paths(source), *own):
+        files += (*partial_paths(prefix), *partial_paths(source), *own)
+    for path in (*files, rejected_paths(plan.prefix)[1], journal_path(plan.prefix)):
+        with names_the_file(path):
             path.unlink(missing_ok=True)
-    rejected_paths(plan.prefix)[1].unlink(missing_ok=True)
-    journal_path(plan.prefix).unlink(missing_ok=True)

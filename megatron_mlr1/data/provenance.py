@@ -20,6 +20,13 @@ FORMAT = 1
 EDGE_BYTES = 1 << 16
 Kind = Literal["documents", "packs"]
 Level = Literal["quick", "full"]
+ENDS = {"bin", "idx", "loss.bin"}
+"""How the names of a corpus's files end; the last is of packs."""
+KINDS: Mapping[str, type] = {
+    **{"files": dict, "tokenizer": dict, "inputs": list, "dtype": str, "vocab_size": int},
+    **dict.fromkeys(("documents", "sequences", "tokens", "rejected"), int),
+}
+"""What of a record must be what; programs compute with these."""
 DECIDES_IDS = ("type", "sha256", "vocab_size", "eod", "options")
 """What of a tokenizer's description decides the ids; the rest says where it came from."""
 
@@ -124,7 +131,7 @@ def read_record(prefix: str) -> CorpusRecord | None:
         data = path.read_bytes()
     try:
         return record_of(json.loads(data))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{path} is no record of a corpus that this version knows ({error}). Make the corpus "
             "again, or remove the file: a corpus without a record is used as it is."
@@ -141,6 +148,11 @@ def record_of(fields: Mapping[str, Any]) -> CorpusRecord:
         raise ValueError(f"its format is {fields['format']}, known is {FORMAT}")
     if fields["kind"] not in ("documents", "packs"):
         raise ValueError(f"its kind is {fields['kind']!r}")
+    for name, kind in KINDS.items():
+        if not isinstance(fields[name], kind) or isinstance(fields[name], bool):
+            raise TypeError(f"its {name} is {fields[name]!r}")
+    if not {"bin", "idx"} <= set(fields["files"]) <= ENDS:
+        raise ValueError(f"its files are {', '.join(fields['files']) or 'none'}")
     files = {end: FileRecord(**parts) for end, parts in fields["files"].items()}
     shard = fields["shard"]
     return CorpusRecord(

@@ -7,7 +7,6 @@ begin is right even if the source had it wrong. Files have the name `.partial` u
 
 import errno
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,6 +22,10 @@ from megatron_mlr1.data.disk import (
     flush_to_disk,
     names_the_file,
     refuse_existing,
+    refuse_folders,
+    refuse_little_room,
+    refuse_nameless,
+    remove,
 )
 from megatron_mlr1.data.index import (
     CODES,
@@ -34,7 +37,7 @@ from megatron_mlr1.data.index import (
     meta_path,
 )
 from megatron_mlr1.data.stored_index import StoredIndex
-from megatron_mlr1.errors import ConfigError, DataError, MachineError
+from megatron_mlr1.errors import ConfigError, DataError
 
 STEP_BYTES = 1 << 26
 """The kernel copies this much between two reports of progress."""
@@ -119,11 +122,13 @@ def write_corpora(
         MachineError: a folder is missing, or the disk is full or failed.
     """
     for prefix, runs in corpora.items():
+        refuse_nameless(prefix)
         for run in runs:
             refuse_source(prefix, run.index.prefix)
+        paths = bin_path(prefix), idx_path(prefix)
         if not overwrite:
-            paths = bin_path(prefix), idx_path(prefix)
             refuse_existing(*paths, *map(_partial, paths))
+        refuse_folders(*paths, *map(_partial, paths), meta_path(prefix))
     _refuse_full_disk(corpora)
     with ExitStack() as stack:
         drafts = []
@@ -180,8 +185,7 @@ class _Draft:
             flush_folder_to_disk(index.parent)
 
     def discard(self) -> None:
-        for path in self._unfinished:
-            path.unlink(missing_ok=True)
+        remove(self._unfinished)
 
 
 def _write_index(file: BinaryIO, runs: Sequence[DocumentRun]) -> None:
@@ -269,12 +273,15 @@ def refuse_source(prefix: str, source: str) -> None:
 
     Raises:
         ConfigError: they are the same files.
+        MachineError: it cannot be found out, since the name is too long for one.
     """
     for target_path, source_path in (
         (bin_path(prefix), bin_path(source)),
         (idx_path(prefix), idx_path(source)),
     ):
-        if target_path.exists() and target_path.samefile(source_path):
+        with names_the_file(target_path):
+            is_source = target_path.exists() and target_path.samefile(source_path)
+        if is_source:
             raise ConfigError(
                 f"{target_path} is read and would be written too. A corpus is never changed in "
                 "place; choose another --output-prefix."
@@ -290,11 +297,4 @@ def _refuse_full_disk(corpora: Mapping[str, Sequence[DocumentRun]]) -> None:
         for runs in corpora.values()
         for run in runs
     )
-    folder = bin_path(next(iter(corpora))).parent
-    with names_the_file(folder):
-        free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise MachineError(
-            f"{folder} has room for {free / 1e9:,.1f} GB, and {needed / 1e9:,.1f} GB are to be "
-            "written. Make room, or choose another --output-prefix."
-        )
+    refuse_little_room(bin_path(next(iter(corpora))).parent, needed)

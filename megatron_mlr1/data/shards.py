@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_mlr1.data.disk import refuse_nameless
 from megatron_mlr1.data.provenance import (
     CorpusRecord,
     read_record,
@@ -53,6 +54,7 @@ class SplitPlan:
             )
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ConfigError(f"--max-tokens is {self.max_tokens}; a shard holds at least 1.")
+        refuse_nameless(self.output_prefix)
 
     def shard_prefix(self, shard: int) -> str:
         """Name a shard, so that a mixture finds all of them in their folder."""

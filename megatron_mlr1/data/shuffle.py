@@ -25,8 +25,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_mlr1.data.disk import names_the_file, refuse_existing
-from megatron_mlr1.data.index import IndexWriter, bin_path, idx_path, partial_paths
+from megatron_mlr1.data.disk import (
+    names_the_file,
+    refuse_existing,
+    refuse_folders,
+    refuse_little_room,
+    refuse_nameless,
+)
+from megatron_mlr1.data.index import IndexWriter, bin_path, idx_path, meta_path, partial_paths
 from megatron_mlr1.data.provenance import (
     CorpusRecord,
     read_record,
@@ -42,7 +48,7 @@ from megatron_mlr1.data.stored_index import (
     refuse_wrong_documents,
     refuse_wrong_size,
 )
-from megatron_mlr1.errors import ConfigError, DataError, MachineError
+from megatron_mlr1.errors import ConfigError, DataError
 
 TAIL_FRACTION = 1 / 32
 """Share of the content hashes whose documents stand last."""
@@ -108,13 +114,16 @@ def shuffle(plan: ShufflePlan, on_progress: OnProgress = lambda num_bytes: None)
     num_tokens = count_tokens(index)
     refuse_wrong_documents(index)
     refuse_wrong_size(index, num_tokens)
+    refuse_nameless(plan.output_prefix)
     refuse_source(plan.output_prefix, plan.input_prefix)
     if not num_tokens:
         raise DataError(f"{plan.input_prefix} holds no tokens. Leave it out.")
     folder = shuffle_folder(plan.output_prefix)
+    prefix = plan.output_prefix
+    targets = bin_path(prefix), idx_path(prefix), *partial_paths(prefix)
     if not plan.overwrite:
-        targets = bin_path(plan.output_prefix), idx_path(plan.output_prefix)
-        refuse_existing(*targets, *partial_paths(plan.output_prefix), folder)
+        refuse_existing(*targets, folder)
+    refuse_folders(*targets, meta_path(prefix))
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         writer = IndexWriter(
@@ -161,7 +170,7 @@ def shuffle_into(
         MachineError: the disk is full or failed.
     """
     num_bytes = index.bin_bytes + 4 * index.num_sequences + DOCUMENT_BYTES * index.num_documents
-    _refuse_full_disk(folder, 2 * num_bytes)
+    refuse_little_room(folder.parent, 2 * num_bytes)
     with names_the_file(folder):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -355,13 +364,3 @@ def _copy_large(
         rest = block[whole:]
     lengths = np.concatenate([*index.lengths(first, first + sequences), np.zeros(0, "<i4")])
     writer.write_documents(lengths, np.array([sequences]))
-
-
-def _refuse_full_disk(folder: Path, needed: int) -> None:
-    with names_the_file(folder.parent):
-        free = shutil.disk_usage(folder.parent).free
-    if free < needed:
-        raise MachineError(
-            f"{folder.parent} has room for {free / 1e9:,.1f} GB, and shuffling needs "
-            f"{needed / 1e9:,.1f} GB there. Make room, or choose another --output-prefix."
-        )

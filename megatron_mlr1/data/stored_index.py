@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_mlr1.data.disk import names_the_file
+from megatron_mlr1.data.disk import file_size, names_the_file
 from megatron_mlr1.data.index import HEADER, bin_path, idx_path, read_header
 from megatron_mlr1.errors import DataError
 
@@ -96,12 +96,9 @@ def read_counts(prefix: str) -> tuple[StoredIndex, int]:
         DataError: a file is missing or its header is none.
     """
     path, tokens = idx_path(prefix), bin_path(prefix)
-    with names_the_file(tokens, DataError):
-        bin_bytes = tokens.stat().st_size
-    with names_the_file(path, DataError):
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            header = file.read(HEADER.size)
+    bin_bytes, size = file_size(tokens), file_size(path)
+    with names_the_file(path, DataError), path.open("rb") as file:
+        header = file.read(HEADER.size)
     dtype, num_sequences, num_ends = read_header(path, header)
     index = StoredIndex(
         prefix=prefix,

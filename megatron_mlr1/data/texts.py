@@ -17,6 +17,14 @@ BLOCK_BYTES = 4 * 2**20
 """About how much text is read, encoded and written as one batch: a few are under way at a time."""
 
 
+def json_kind(value: Any) -> str:
+    """Say what a parsed value is, in the words of JSON."""
+    if isinstance(value, bool):
+        return "true or false"
+    kinds = {str: "a string", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return "null" if value is None else kinds.get(type(value), f"a {type(value).__name__}")
+
+
 class BadRecordError(ValueError):
     """What is wrong with a record, and what to do; it knows no place."""
 
@@ -115,7 +123,7 @@ class Taker:
         """
         if not isinstance(record, dict):
             raise BadRecordError(
-                f"a JSON {type(record).__name__} where an object is needed, "
+                f"{json_kind(record)} where an object is needed, "
                 'such as {"text": "..."}. Mend or remove the record.'
             )
         found = [_sentences(record, key) for key in self.keys]
@@ -153,7 +161,7 @@ def _sentences(record: Mapping[str, Any], key: str) -> Sequence[str]:
     for sentence in sentences:
         if not isinstance(sentence, str):
             raise BadRecordError(
-                f"{key!r} holds a {type(sentence).__name__} where text is needed. "
+                f"{key!r} holds {json_kind(sentence)} where text is needed. "
                 "Mend or remove the record."
             )
         _refuse_lone_surrogates(sentence, key)

@@ -15,6 +15,7 @@ from typing import Any
 import orjson
 
 from megatron_mlr1.data.documents import Frame
+from megatron_mlr1.data.texts import json_kind
 
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 PLAIN_MODELS = ("llama", "llama4", "llama4_text")
@@ -95,12 +96,15 @@ def read_facts(folder: Path) -> TokenizerFacts | None:
 
     Raises:
         ValueError: a file is no JSON.
+        KeyError, TypeError, AttributeError: something in it is not what it must be.
     """
     if not has_plain_class(folder):
         return None
     config = _read(folder / "tokenizer_config.json")
     content = (folder / "tokenizer.json").read_bytes()
     parsed = orjson.loads(content)
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{folder / 'tokenizer.json'} holds {json_kind(parsed)}, no definition")
     added = {token["content"]: token for token in parsed.get("added_tokens") or ()}
     vocab = (parsed.get("model") or {}).get("vocab")
     if not isinstance(vocab, dict) or not _is_harmless(config, added, folder):
@@ -178,5 +182,8 @@ def _content(token: Any) -> str | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
     return content if isinstance(content, dict) else {}

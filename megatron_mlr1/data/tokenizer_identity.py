@@ -58,7 +58,7 @@ def identify(plan: TokenizerPlan) -> TokenizerIdentity:
     if plan.tokenizer_type == "HuggingFaceTokenizer" and plan.tokenizer_model is not None:
         try:
             facts = read_facts(Path(plan.tokenizer_model))
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             facts = None  # loading it says what is wrong
         if facts is not None:
             return TokenizerIdentity(

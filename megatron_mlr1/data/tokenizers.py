@@ -282,10 +282,7 @@ def _load_hugging_face(plan: TokenizerPlan) -> Tokenizer:
             )
         loaded = _load_with_transformers(model, plan.trust_remote_code)
     except Exception as error:  # the Rust library raises nothing narrower
-        raise DataError(
-            f"--tokenizer-model {model} cannot be loaded: {str(error).splitlines()[0]} "
-            "Name a folder with tokenizer.json and tokenizer_config.json, or a hub name."
-        ) from error
+        raise not_loaded(model, error) from error
     eod, bos = (
         None if token is None else loaded.convert_tokens_to_ids(token)
         for token in (loaded.eos_token or loaded.sep_token, loaded.bos_token)
@@ -297,6 +294,17 @@ def _load_hugging_face(plan: TokenizerPlan) -> Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     return RustTokenizer(backend, len(loaded), eod, bos, plan.include_special_tokens)
+
+
+def not_loaded(model: str, error: Exception) -> DataError:
+    """Say why the files of a Hugging Face tokenizer cannot be used."""
+    why = (str(error).strip() or "no reason is given").splitlines()[0].rstrip(".")
+    if isinstance(error, AttributeError | KeyError | TypeError | IndexError):
+        why = f"a file of it is not as it must be ({type(error).__name__}: {why})"
+    return DataError(
+        f"--tokenizer-model {model} cannot be loaded: {why}. "
+        "Name a folder with tokenizer.json and tokenizer_config.json, or a hub name."
+    )
 
 
 def _load_with_transformers(model: str, trust_remote_code: bool) -> Any:

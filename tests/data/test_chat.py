@@ -64,7 +64,7 @@ def test_a_tool_answers_a_call() -> None:
         (chat("q", " \n"), "message 2, of assistant, is empty"),
         (chat("q", "a", system=""), "message 1, of system, is empty"),
         ([{"role": "user"}], "no content"),
-        ([{"role": "user", "content": [{"type": "image"}]}], "content of type list"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "a list as its content"),
         (chat("q", "\ud800"), "half of a surrogate pair"),
         ([*chat("q", "a"), {"role": "tool", "content": "3"}], "a tool call that nobody made"),
         (
@@ -81,3 +81,9 @@ def test_a_tool_answers_a_call() -> None:
 def test_what_is_no_chat_is_refused_with_its_reason(messages: Any, reason: str) -> None:
     with pytest.raises(DataError, match=reason):
         check_messages(messages)
+
+
+@pytest.mark.parametrize("role", [[], {}, None, 3])
+def test_a_role_that_is_no_text_is_refused(role: object) -> None:
+    with pytest.raises(DataError, match="message 1 has the role"):
+        check_messages([{"role": role, "content": "a"}])

@@ -182,3 +182,24 @@ def test_no_chat_at_all_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--workers is 0"):
         make(folder, tmp_path / "x", path, workers=0)
     assert sorted(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pack_length": 0}, "--pack-length is 0"),
+        ({"seed": -1}, "--seed is -1"),
+        ({"workers": 0}, "--workers is 0"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused_before_any_chat_is_read(
+    options: dict[str, int], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make(tmp_path / "no-tokenizer", tmp_path / "x", tmp_path / "none.jsonl", **options)
+
+
+def test_a_folder_in_place_of_an_output_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "x_chat_document.loss.bin").mkdir()
+    with pytest.raises(ConfigError, match=r"loss\.bin is a folder"):
+        make(folder, tmp_path / "x", lines(tmp_path / "a.jsonl"), overwrite=True)

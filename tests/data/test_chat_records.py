@@ -3,6 +3,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -74,7 +75,7 @@ def test_a_line_that_is_no_object_is_handed_over_with_its_reason(tmp_path: Path)
     assert batch.layout == "prompt-response"
     reasons = [str(row) if isinstance(row, DataError) else "fine" for _, row in batch.records()]
     assert reasons[0].startswith("blank line")
-    assert reasons[1] == "a JSON list where an object is needed"
+    assert reasons[1] == "a list where an object is needed"
     assert reasons[2].startswith("not JSON")
     assert reasons[3] == "fine"
     assert reasons[4].startswith("not JSON")
@@ -100,3 +101,18 @@ def test_a_table_is_read_by_the_columns_of_its_layout(tmp_path: Path) -> None:
 def test_a_set_on_the_hub_must_be_downloaded_first() -> None:
     with pytest.raises(DataError, match="Download the data set"):
         list(read_records(Unit("hf://a/b", "hub", 0, 1, 0), None))
+
+
+def test_a_row_whose_text_is_not_utf8_is_handed_over_with_its_reason(tmp_path: Path) -> None:
+    offsets, text = np.array([0, 1, 2], "<i4").tobytes(), b"a\xff"
+    prompts = pa.Array.from_buffers(
+        pa.string(), 2, [None, pa.py_buffer(offsets), pa.py_buffer(text)]
+    )
+    path = tmp_path / "chats.parquet"
+    pq.write_table(pa.table({"prompt": prompts, "response": ["b", "c"]}), path)
+    (batch,) = read(path)
+    (_, first), (where, second) = batch.records()
+    assert first == {"prompt": "a", "response": "b"}
+    assert where == f"{path}:2"
+    assert isinstance(second, DataError)
+    assert "not UTF-8" in str(second)

@@ -181,3 +181,14 @@ def test_a_tokenizer_without_template_and_headers_is_refused(tmp_path: Path) -> 
         load_chat_tokenizer(str(tmp_path / "none"), "assistant")
     with pytest.raises(ConfigError, match="--train-on user"):
         load_chat_tokenizer(str(folder), "user")
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ 1 / 0 }}", "{{ messages + 1 }}", "{{ messages | int }}{{ [][1:2:0] }}"]
+)
+def test_a_template_that_fails_at_a_chat_refuses_that_chat(folder: Path, template: str) -> None:
+    tokenizer = load_chat_tokenizer(str(folder), "assistant")
+    tokenizer.tokenizer.chat_template = template
+    [refused] = tokenizer.tokenize([check_messages(chat("q", "a"))])
+    assert isinstance(refused, DataError)
+    assert "the chat template fails at it" in str(refused)

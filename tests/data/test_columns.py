@@ -98,7 +98,7 @@ def test_a_bad_row_is_named_and_its_neighbours_are_kept(name: str, tmp_path: Pat
     assert first.reason.startswith("byte 1 of the text is not UTF-8")
     assert json.loads(first.raw)["other"] == "x"
     assert second.where == f"{path}:3"
-    assert second.reason.startswith("'other' holds a NoneType where text is needed")
+    assert second.reason.startswith("'other' holds null where text is needed")
     assert [batch.where(document) for document in range(2)] == [f"{path}:1", f"{path}:4"]
 
 
@@ -175,5 +175,5 @@ def test_a_data_set_that_cannot_be_had_is_refused(streamed: str) -> None:
         read(unit)
     [unit] = find_units([streamed])
     [batch] = read(unit, "n", num_bytes=10**6)
-    assert next(iter(batch.rejected.values())).reason.startswith("'n' holds a int")
+    assert next(iter(batch.rejected.values())).reason.startswith("'n' holds a number")
     assert batch.num_records == 60

@@ -215,7 +215,7 @@ def test_the_first_bad_record_stops_the_run_behind_what_was_good(tmp_path: Path)
         file.write('{"text": 3}\nbroken\n')
     found: list[EncodedBatch] = []
     batches = encode_units(EncodePlan(tokenizer=BYTES), find_units([str(good), str(bad)]))
-    with pytest.raises(DataError, match=r"1\.jsonl:4001: 'text' holds a int"):
+    with pytest.raises(DataError, match=r"1\.jsonl:4001: 'text' holds a number"):
         found.extend(batches)
     assert len(documents(found)) >= 10
 

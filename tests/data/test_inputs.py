@@ -160,3 +160,47 @@ def test_a_fingerprint_notices_a_change_at_either_end_and_survives_json(
     changed = [b"y" + content[1:], content[:-1] + b"y", content + b"x", content]
     assert len({digest(each) for each in changed}) == 4
     assert digest(content) == digest(content)
+
+
+def test_what_cannot_be_looked_at_is_named(write: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
+    write("f/a.jsonl")
+    (tmp_path / "f" / "b.jsonl").symlink_to("gone.jsonl")
+    for name, message in (
+        ("loop.jsonl", r"loop\.jsonl: cannot be read: Too many levels"),
+        ("f", r"f/b\.jsonl: cannot be read: No such file"),
+        ("n" * 300, "cannot be read: File name too long"),
+    ):
+        with pytest.raises(DataError, match=message):
+            find_units([f"{tmp_path}/{name}"])
+    with pytest.raises(ConfigError, match="names nothing"):
+        find_units([""])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("dataset_dict.json", b""),
+        ("dataset_dict.json", b'{"splits": []}'),
+        ("dataset_dict.json", b'{"splits": 3}'),
+        ("state.json", b"\xff"),
+        ("state.json", b"{}"),
+        ("state.json", b'{"_data_files": [{"filename": 3}]}'),
+    ],
+)
+def test_a_damaged_list_of_a_saved_data_set_is_named(
+    name: str, content: bytes, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    write("saved/dataset_info.json")
+    write(f"saved/{name}", content)
+    with pytest.raises(DataError, match=rf"saved/{name} is not what `datasets` writes"):
+        find_units([f"{tmp_path}/saved"])
+
+
+def test_a_saved_data_set_that_lacks_a_file_is_named(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    write("saved/dataset_info.json")
+    write("saved/state.json", b'{"_data_files": [{"filename": "gone.arrow"}]}')
+    with pytest.raises(DataError, match=r"gone\.arrow: cannot be read"):
+        find_units([f"{tmp_path}/saved"])

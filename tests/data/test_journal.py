@@ -1,3 +1,4 @@
+import fcntl
 import json
 from pathlib import Path
 
@@ -36,7 +37,19 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     assert read_journal(prefix) == journal
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"format": 2}', '{"format": 1, "counts": {}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"format": 2}',
+        '{"format": 1, "counts": {}}',
+        '{"format": 1, "counts": 3, "plan": {}}',
+        '{"format": 1, "counts": {}, "plan": null}',
+        "[" * 100_000,
+    ],
+)
 def test_a_journal_of_another_form_is_refused(text: str, tmp_path: Path) -> None:
     journal_path(f"{tmp_path}/c").write_text(text)
     with pytest.raises(DataError, match=r"c\.journal\.json is no journal.*--overwrite"):
@@ -76,6 +89,25 @@ def test_two_runs_never_write_the_same_corpora_at_once(tmp_path: Path) -> None:
     with only_run(prefix):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_comes_as_another_one_ends_keeps_a_third_one_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix, lock = f"{tmp_path}/c", fcntl.flock
+
+    def lock_late(descriptor: int, how: int) -> None:
+        monkeypatch.undo()
+        Path(f"{prefix}.journal.lock").unlink()  # by the run before, since this one opened it
+        lock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", lock_late)
+    with (
+        only_run(prefix),
+        pytest.raises(ConfigError, match="another run"),
+        only_run(prefix),
+    ):
+        pass
 
 
 def test_a_signal_is_obeyed_where_the_run_looks_for_it() -> None:

@@ -114,12 +114,11 @@ def test_an_error_of_the_reader_comes_after_the_batches_before_it_and_stays(open
 
 
 def test_reading_ahead_is_bounded_and_ends_with_the_loader(open_loader):
-    feed = Numbers()
+    feed, before = Numbers(), reading_threads()
     loader = open_loader(turns(), feed)
     next(loader)
-    (thread,) = (t for t in threading.enumerate() if t.name.startswith("mlr1-loader"))
+    (thread,) = reading_threads() - before
     loader.close()
-    thread.join(5)
     assert not thread.is_alive()
     assert feed.filled <= AHEAD
 
@@ -154,7 +153,7 @@ def test_a_process_ends_while_its_loader_reads(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", program],
         env=os.environ | {"PYTHONPATH": "."},
-        timeout=60,
+        timeout=300,
         capture_output=True,
         text=True,
         check=False,

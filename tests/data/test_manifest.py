@@ -88,7 +88,7 @@ def test_shuffling_is_on_unless_it_is_turned_off(
         ("type: ByteLevelTokenizer", "type: 3", r"m\.yaml:10: type is 3"),
         ("  wiki:", "  ../wiki:", r"m\.yaml:5: .*plain file name"),
         ("corpora:", "corpuses:", r"corpora"),
-        ("  code:", "  wiki:", r"not YAML.*line 7"),
+        ("  code:", "  wiki:", r"m\.yaml:7: not YAML: found duplicate key"),
         (TWO, "- a", r"m\.yaml:1: .*defaults: \.\.\."),
         (TWO, "corpora: 3", r"m\.yaml:1: no corpora"),
         (TWO, "corpora: [{inputs: a}]", r"m\.yaml:1: the name of a corpus is None"),

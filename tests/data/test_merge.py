@@ -169,7 +169,7 @@ def test_more_than_the_disk_holds_is_refused_at_once(tmp_path: Path) -> None:
         os.truncate(tmp_path / "a.bin", 4000 * (2**31 - 1) * 2)
     except OSError:
         pytest.skip("this file system has no sparse files of 17 TB")
-    with pytest.raises(MachineError, match=r"and 17,179\.9 GB are to be written"):
+    with pytest.raises(MachineError, match=r"and 17\.18 TB are to be written"):
         merge([f"{tmp_path}/a"], f"{tmp_path}/out")
     assert names(tmp_path) == ["a.bin", "a.idx"]
 
@@ -245,3 +245,21 @@ def test_corpora_of_other_makers_are_refused(
     with pytest.raises((DataError, ConfigError), match=message):
         merge(three, f"{tmp_path}/out")
     assert names(tmp_path) == ["in"]
+
+
+def test_an_input_that_names_nothing_or_no_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="names nothing"):
+        find_corpora([""])
+    with pytest.raises(DataError, match="File name too long"):
+        find_corpora(["n" * 300])
+    (tmp_path / "a.bin").mkdir()
+    with pytest.raises(DataError, match=r"a\.bin is no file"):
+        find_corpora([f"{tmp_path}/a"])
+
+
+def test_a_folder_in_place_of_an_output_is_refused(three: list[str], tmp_path: Path) -> None:
+    (tmp_path / "out.bin").mkdir()
+    with pytest.raises(ConfigError, match=r"out\.bin is a folder"):
+        merge(three, f"{tmp_path}/out", overwrite=True)
+    with pytest.raises(ConfigError, match="names no file"):
+        merge(three, f"{tmp_path}/")

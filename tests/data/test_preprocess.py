@@ -166,7 +166,7 @@ def test_a_wrong_line_far_down_is_named_and_nothing_is_left(tmp_path: Path) -> N
     path = write_lines(tmp_path / "in.jsonl", texts)
     with path.open("a") as file:
         file.write('{"text": 3}\n')
-    with pytest.raises(DataError, match=r"in\.jsonl:4001: 'text' holds a int"):
+    with pytest.raises(DataError, match=r"in\.jsonl:4001: 'text' holds a number"):
         preprocess(prepare(plan_of(tmp_path, path)))
     assert files(tmp_path) == {"in.jsonl"}
 

@@ -92,6 +92,10 @@ def test_another_size_and_a_missing_file_are_named(prefix: str) -> None:
         ({"kind": "songs"}, "kind is 'songs'"),
         ({"colour": "red"}, "colour"),
         ({"files": {"bin": {}}}, "no record"),
+        ({"files": {}}, "its files are none"),
+        ({"tokenizer": None}, "its tokenizer is None"),
+        ({"vocab_size": "many"}, "its vocab_size is 'many'"),
+        ({"inputs": 3}, "its inputs is 3"),
         (None, "no record"),
     ],
 )
@@ -113,3 +117,9 @@ def test_packs_are_refused_where_documents_are_moved(prefix: str) -> None:
     refuse_packs(prefix, record, "tools/merge_data.py")
     with pytest.raises(ConfigError, match=r"packed samples.*tools/merge_data\.py moves documents"):
         refuse_packs(prefix, replace(record, kind="packs"), "tools/merge_data.py")
+
+
+def test_a_record_that_is_nested_without_end_is_refused(prefix: str) -> None:
+    meta_path(prefix).write_text("[" * 100_000)
+    with pytest.raises(DataError, match="no record"):
+        read_record(prefix)

@@ -106,3 +106,24 @@ def test_a_file_is_loaded_whole_whatever_it_says_of_batches_and_not_once_it_is_a
     file.write_text("{")
     with pytest.raises(DataError, match=f"--tokenizer-model {folder} cannot be loaded"):
         loader(plan, known)()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", b"[]"),
+        ("tokenizer.json", b"null"),
+        ("tokenizer.json", b'{"added_tokens": 3}'),
+        (
+            "tokenizer_config.json",
+            b'{"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": 3}',
+        ),
+    ],
+)
+def test_files_that_are_json_and_no_tokenizer_are_refused(
+    name: str, content: bytes, train_bpe: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = train_bpe(tmp_path / "bpe", begins=False)
+    (folder / name).write_bytes(content)
+    with pytest.raises(DataError, match=r"bpe cannot be loaded: .*\. Name a folder"):
+        identify(TokenizerPlan(tokenizer_type=HF, tokenizer_model=str(folder)))

@@ -10,7 +10,7 @@ TOOL = Path(__file__).parents[2] / "tools" / "check_data.py"
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(TOOL), *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def test_it_says_what_sound_corpora_hold(tmp_path: Path) -> None:

@@ -39,13 +39,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_there_and_back(
-    main: Callable[[list[str]], None], folder: Path, capsys: pytest.CaptureFixture[str]
+    main: Callable[[list[str]], None],
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     there, back = str(folder / "megatron"), str(folder / "back")
     main(["hf-to-megatron", "--load", str(folder / "hf"), "--save", there, "--verify"])
     printed = capsys.readouterr().out
     assert f"{there}: " in printed
     assert "verified: largest logit difference" in printed
+    # The engine says of every model it builds that it will be replaced.
+    assert not [row for row in caplog.records if row.name.startswith("megatron.core")]
     main(["megatron-to-hf", "--load", there, "--save", back, "--dtype", "bf16"])
     assert "bfloat16" in capsys.readouterr().out
     assert json.loads((folder / "back/config.json").read_text())["torch_dtype"] == "bfloat16"
@@ -78,3 +83,13 @@ def test_a_signal_ends_it_without_a_traceback_and_leaves_nothing(folder: Path) -
     assert program.returncode == 128 + signal.SIGTERM
     assert "Traceback" not in told
     assert not [path for path in folder.iterdir() if "stopped" in path.name]
+
+
+@pytest.mark.parametrize("size", ["nan", "inf", "0", "-1"])
+def test_a_weight_file_of_no_size_is_refused(
+    size: str, main: Callable[[list[str]], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["megatron-to-hf", "--load", "a", "--save", "b", f"--max-shard-gb={size}"])
+    assert ended.value.code == 2
+    assert f"--max-shard-gb is {size}; it must be a number above 0" in capsys.readouterr().err

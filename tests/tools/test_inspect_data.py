@@ -13,7 +13,7 @@ TOOL = Path(__file__).parents[2] / "tools" / "inspect_data.py"
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(TOOL), *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture
@@ -63,3 +63,17 @@ def test_a_missing_corpus_is_one_line_and_code_2_and_leaves_nothing(tmp_path: Pa
     assert done.stderr.count("\n") == 1
     assert "none" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_read_is_not_written_over(corpus: Path, tmp_path: Path) -> None:
+    before = Path(f"{corpus}.bin").read_bytes()
+    done = run(str(corpus), "--against", str(corpus), "--report", f"{corpus}.bin")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--report is" in done.stderr
+    assert "which is read as a corpus" in done.stderr
+    assert Path(f"{corpus}.bin").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["big.bin", "big.idx"]
+
+
+def test_a_folder_stands_for_its_corpora(corpus: Path) -> None:
+    assert run(str(corpus.parent)).stdout == run(str(corpus)).stdout

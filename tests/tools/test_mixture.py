@@ -87,8 +87,14 @@ def test_plot_writes_a_picture(main: Main, tmp_path: Path) -> None:
         (["show", "pretrain_phase1"], "How much is read is not known"),
         (["show", "pretrain_phase1", "--model", "950m"], "give both, or neither"),
         (["show", "pretrain_phase1", *STAGE, "--data-root", "/nowhere"], "7 cannot be read"),
-        (["plot", "pretrain_phase1", *STAGE, "--output", "/nowhere/m.png"], "cannot be written"),
-        (["plot", "pretrain_phase1", *STAGE, "--output", "/dev/null/m.png"], "cannot be written"),
+        (
+            ["plot", "pretrain_phase1", *STAGE, "--output", "/nowhere/m.png"],
+            "nothing can be written",
+        ),
+        (
+            ["plot", "pretrain_phase1", *STAGE, "--output", "/dev/null/m.png"],
+            "nothing can be written",
+        ),
     ],
 )
 def test_a_wrong_word_ends_it_with_the_message_alone(
@@ -110,6 +116,31 @@ def test_it_imports_neither_torch_nor_the_engine() -> None:
     )
     words = [str(PROGRAM), "show", "pretrain_phase1", *STAGE]
     done = subprocess.run(
-        [sys.executable, "-c", program, *words], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program, *words], capture_output=True, text=True, timeout=300
     )
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--max-epochs", "nan"], "--max-epochs is nan"),
+        (["--max-epochs", "0"], "--max-epochs is 0"),
+        (["--train-samples", "9" * 40], "both must be 1 to"),
+        (["--output", "."], "--output is '.', a folder"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_and_nothing_is_left(
+    words: list[str],
+    message: str,
+    main: Main,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["plot", "pretrain_phase1", *STAGE, "--output", "x.png", *words])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -1,16 +1,19 @@
 import json
 import random
 import resource
+import runpy
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
 from megatron_mlr1.data.index import open_corpus
+from megatron_mlr1.data.jobs import CorpusSummary
 from megatron_mlr1.data.provenance import read_record
 from tests.support.corpora import contents
 
@@ -30,7 +33,7 @@ def write_input(folder: Path, num_documents: int, num_characters: int = 20) -> N
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def files(folder: Path) -> list[str]:
@@ -85,7 +88,7 @@ def test_a_wrong_line_ends_it_with_one_line_and_code_2(tmp_path: Path) -> None:
 
     done = run(words(tmp_path, "--on-error", "skip"))
     assert done.returncode == 0, done.stderr
-    assert "3 documents, 60 tokens (uint16), 1 records rejected" in done.stdout
+    assert "3 documents, 60 tokens (uint16), 1 record rejected" in done.stdout
     [line] = (tmp_path / "c.rejected.jsonl").read_text().splitlines()
     assert json.loads(line)["where"] == f"{tmp_path}/in.jsonl:4"
 
@@ -121,7 +124,9 @@ def test_a_disk_without_room_ends_it_with_code_2_and_it_goes_on_where_there_is_r
     def limit_files() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000_000, 30_000_000))
 
-    done = subprocess.run(small, capture_output=True, text=True, timeout=60, preexec_fn=limit_files)
+    done = subprocess.run(
+        small, capture_output=True, text=True, timeout=300, preexec_fn=limit_files
+    )
     assert done.returncode == 2
     assert "c_text_document.bin.partial: File too large" in done.stderr
     assert position(tmp_path) is not None
@@ -138,7 +143,7 @@ def test_a_disk_without_room_at_the_begin_leaves_nothing(tmp_path: Path) -> None
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
     done = subprocess.run(
-        words(tmp_path), capture_output=True, text=True, timeout=60, preexec_fn=limit_files
+        words(tmp_path), capture_output=True, text=True, timeout=300, preexec_fn=limit_files
     )
     assert done.returncode == 2
     assert "c_text_document.bin.partial: File too large" in done.stderr
@@ -179,7 +184,7 @@ def test_a_signal_ends_it_and_the_same_command_goes_on(number: signal.Signals, l
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         wait_for_a_new_position(large, None, process)
         process.send_signal(number)
-        _, stderr = process.communicate(timeout=30)
+        _, stderr = process.communicate(timeout=300)
     assert process.returncode == 128 + number
     assert "The same command goes on from here" in stderr
     assert stderr.count("\n") == 1
@@ -189,7 +194,7 @@ def test_a_signal_ends_it_and_the_same_command_goes_on(number: signal.Signals, l
 
 
 def wait_for_a_new_position(folder: Path, before: object, process: subprocess.Popen[str]) -> object:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
         if (found := position(folder)) != before:
             return found
@@ -211,7 +216,7 @@ def test_killed_again_and_again_it_ends_with_the_bytes_of_an_undisturbed_run(
             time.sleep(chance.random() / 5)  # before, within and after what the journal tells
             workers = psutil.Process(process.pid).children(recursive=True)
             process.kill()
-        _, alive = psutil.wait_procs(workers, timeout=10)
+        _, alive = psutil.wait_procs(workers, timeout=300)
         assert alive == []
         if not (large / "c.journal.json").exists():
             break  # it was killed after all was done
@@ -233,7 +238,7 @@ def test_killed_in_the_shuffle_it_begins_the_shuffle_again(large: Path) -> None:
     command = words(large, *more_of("11"))
     for half in ("c_text_document.shuffle.partial", "c_text_document.idx.partial"):
         with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 300
             while not (large / half).exists() and process.poll() is None:
                 assert time.monotonic() < deadline, f"{half} did not appear"
                 time.sleep(0.001)
@@ -277,3 +282,18 @@ def test_a_manifest_is_made_whole_and_what_is_finished_is_left(tmp_path: Path) -
     done = run(command)
     assert done.returncode == 2
     assert "say --overwrite" in done.stderr
+
+
+@pytest.mark.parametrize("size", ["nan", "inf", "0", "-1"])
+def test_a_journal_of_no_size_is_refused(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    read_words = runpy.run_path(str(TOOL))["read_words"]
+    with pytest.raises(SystemExit) as ended:
+        read_words(["--input", "a", f"--journal-mb={size}"])
+    assert ended.value.code == 2
+    assert f"--journal-mb is {size}; it must be a number above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "words"), [(1, "1 record rejected"), (2, "2 records rejected")])
+def test_rejected_records_are_counted_in_words_that_fit(number: int, words: str) -> None:
+    summary = CorpusSummary("c", 3, 30, number, np.dtype("<u2"))
+    assert f", {words}, " in runpy.run_path(str(TOOL))["_describe"](summary, 1.0)

@@ -71,3 +71,15 @@ def test_a_wrong_name_ends_with_the_message_alone(
     assert printed.out == ""
     assert printed.err.startswith("There is no model '950'. Did you mean 950m?")
     assert "Traceback" not in printed.err
+
+
+@pytest.mark.parametrize(
+    "words", [["list", "950m"], ["list", "--lr", "1"], ["show", "950m", "pretrain_phase1", "1"]]
+)
+def test_words_that_nobody_reads_are_refused(
+    words: list[str], main: Callable[[list[str]], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    assert "unrecognized arguments" in capsys.readouterr().err

@@ -28,7 +28,7 @@ def test_it_shows_the_pools_replicas(tmp_path):
     keys, _ = make_keys(tmp_path / "keys")
     pool = tmp_path / "pool"
     with serving(TableTeacher(), keys=keys, pool=pool, name="one"):
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while not list(pool.glob("one*.lease*")):
             assert time.monotonic() < deadline, "the replica never came to the pool"
             time.sleep(0.02)

@@ -9,7 +9,7 @@ TOOL = Path(__file__).parents[2] / "tools" / "split_data.py"
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(TOOL), *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def test_it_writes_shards_and_says_what_each_holds(tmp_path: Path) -> None:
