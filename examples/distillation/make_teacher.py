@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -44,6 +45,7 @@ def main() -> int:
     model = llama(len(tokenizer))
     weights = np.array([corpus.weight for corpus in corpora])
     train(model, tokens, weights / weights.sum(), options.steps)
+    transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
     return 0

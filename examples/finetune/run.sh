@@ -25,12 +25,8 @@ mkdir -p "$OUT/packs"
 trap 'status=$?; [[ $status == 0 ]] || echo "The demo stopped in: $part (status $status)." >&2' EXIT
 
 begin() { part=$1; printf '\n== %s\n' "$1"; }
-run() {
-    printf '$'
-    printf ' %q' "$@"
-    printf '\n'
-    "$@"
-}
+show() { printf '$'; printf ' %q' "$@"; printf '\n'; }
+run() { show "$@"; "$@"; }
 
 # One thread for each process: two processes share the cores. On a GPU machine one process a GPU.
 export OMP_NUM_THREADS=1
@@ -42,7 +38,7 @@ if [[ -f $QUICKSTART/run/latest_checkpointed_iteration.txt && -d $QUICKSTART/cor
     pretrained=$QUICKSTART/run
     tokenizer=$QUICKSTART/corpora/tokenizer
 else
-    begin "A short pre-training (examples/quickstart does it longer)"
+    begin "A short pre-training (examples/quickstart does it longer; log: $OUT/train.log)"
     pretrained=$OUT/pretrained
     tokenizer=$OUT/corpora/tokenizer
     run python examples/quickstart/make_corpora.py --output "$OUT/raw"
@@ -51,9 +47,10 @@ else
     run cp examples/quickstart/corpora.yaml "$OUT/raw/"
     run python tools/preprocess_data.py --manifest "$OUT/raw/corpora.yaml" \
         --output-root "$OUT/corpora"
-    run "${torchrun[@]}" --stage pretrain_phase1 --train-iters 60 --eval-iters 0 \
-        --data-root "$OUT/corpora" --mixture examples/quickstart/mixture.yaml \
-        --save "$pretrained" >"$OUT/train.log" 2>&1
+    first=("${torchrun[@]}" --stage pretrain_phase1 --train-iters 60 --eval-iters 0
+        --data-root "$OUT/corpora" --mixture examples/quickstart/mixture.yaml --save "$pretrained")
+    show "${first[@]}"
+    "${first[@]}" >"$OUT/train.log" 2>&1
 fi
 
 begin "Chats in four layouts"
