@@ -133,7 +133,9 @@ struct KlLayout {
 // One block, which reads both rows again.
 template <typename scalar_t>
 KlLayout layout_that_keeps_nothing(int width, int vector) {
-  return {1, {share_of(width, 1, vector), false, 0}, KlRoom<wide_t<scalar_t>, kKlThreads>::kBytes};
+  return {1,
+          {share_of(width, 1, vector), false, 0},
+          KlRoom<wide_t<scalar_t>, kKlThreadsOfOnce>::kBytes};
 }
 
 // The smallest cluster that holds a pair of rows while a multiprocessor takes two blocks, of which
@@ -141,7 +143,7 @@ KlLayout layout_that_keeps_nothing(int width, int vector) {
 // there is room for beside z. If there is no room for z, one block takes all of a multiprocessor's.
 template <typename scalar_t>
 KlLayout layout_that_keeps(int width, int vector, unsigned most) {
-  constexpr std::size_t kSums = KlRoom<wide_t<scalar_t>, kKlThreads>::kBytes;
+  constexpr std::size_t kSums = KlRoom<wide_t<scalar_t>, kKlThreadsOfOnce>::kBytes;
   // The runtime keeps 1 KB of each block's.
   const int half = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 - 1024;
   const int whole = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
@@ -165,16 +167,16 @@ KlLayout layout_that_keeps(int width, int vector, unsigned most) {
 template <typename scalar_t, typename out_t, int kVector, bool kHot, KlDirection kDirection>
 void overwrite_pairs(const KlPairs<scalar_t>& of, const KlObjective<wide_t<scalar_t>>& objective,
                      const KlLoss<wide_t<scalar_t>>& loss) {
-  auto* const kernel = kl_kernel<scalar_t, out_t, kVector, kKlThreads, kHot, kDirection>;
-  const unsigned most = most_blocks(kernel, kKlThreads);
+  auto* const kernel = kl_kernel<scalar_t, out_t, kVector, kKlThreadsOfOnce, kHot, kDirection>;
+  const unsigned most = most_blocks(kernel, kKlThreadsOfOnce);
   const KlLayout kept = layout_that_keeps<scalar_t>(of.width, kVector, most);
   const KlLayout none = layout_that_keeps_nothing<scalar_t>(of.width, kVector);
-  const RowLaunch clusters(of.rows, kept.cluster, kKlThreads, kept.shared_bytes);
+  const RowLaunch clusters(of.rows, kept.cluster, kKlThreadsOfOnce, kept.shared_bytes);
   if (clusters.fits(kernel)) {
     clusters(kernel, of, kept.shares, objective, loss);
   } else {
-    RowLaunch(of.rows, none.cluster, kKlThreads, none.shared_bytes)(kernel, of, none.shares,
-                                                                    objective, loss);
+    const RowLaunch blocks(of.rows, none.cluster, kKlThreadsOfOnce, none.shared_bytes);
+    blocks(kernel, of, none.shares, objective, loss);
   }
 }
 

@@ -8,12 +8,16 @@
 //   kl_gradient_  reads both once and writes one.
 // In bytes a pair, of fp32 logits with a gradient of bf16: 8 + 2 by kl_; by the others, which serve
 // a split vocabulary, 16 + 2, and for the jsd 24 + 2. In kl_ a cluster takes a row, else a block;
-// threads take neighbouring vectors of 16 bytes, and have two of each row under way.
+// threads take neighbouring vectors of 16 bytes, and have several of each row under way.
 #pragma once
 
+#include <c10/util/Half.h>
+
 #include <cstdint>
+#include <type_traits>
 
 #include "common/device.h"
+#include "common/kl_batches.h"
 #include "common/reduce.h"
 #include "common/row_walks.h"
 #include "kl_rows.h"
@@ -25,80 +29,20 @@ constexpr int kKlThreads = 512;
 template <typename scalar_t>
 constexpr int kKlBlocks = sizeof(scalar_t) == sizeof(double) ? 1 : 2;
 
-struct Smallest {
-  __device__ int operator()(int a, int b) const { return a < b ? a : b; }
-};
-
-// Finds the tops of the lanes first, so that each makes its sums relative to them once.
-template <bool kHot, bool kReverse, typename T>
-struct MergeKlSums {
-  T inverse_temperature;
-
-  __device__ KlSums<T> none() const { return no_kl_sums<T>(); }
-
-  template <unsigned width>
-  __device__ KlSums<T> over_lanes(KlSums<T> sums) const {
-    const T top_z = warp_reduce<width>(sums.top_z, Largest{});
-    const T top_t = warp_reduce<width>(sums.top_t, Largest{});
-    sums.first = warp_reduce<width>(sums.top_t == top_t ? sums.first : INT_MAX, Smallest{});
-    raise_kl_tops<kHot, kReverse>(sums, top_z, top_t, inverse_temperature);
-    sums.q = warp_reduce<width>(sums.q, Add{});
-    sums.p = warp_reduce<width>(sums.p, Add{});
-    if constexpr (kHot) {
-      sums.q_hot = warp_reduce<width>(sums.q_hot, Add{});
-      sums.p_hot = warp_reduce<width>(sums.p_hot, Add{});
-    }
-    sums.cross = warp_reduce<width>(sums.cross, Add{});
-    sums.spread = warp_reduce<width>(sums.spread, Add{});
-    return sums;
-  }
-};
-
-// A pair of vectors in the type of the arithmetic.
-template <typename T, int kVector>
-struct WidePair {
-  Vector<T, kVector> z;
-  Vector<T, kVector> t;
-};
-
-template <typename scalar_t, int kVector>
-__device__ inline WidePair<wide_t<scalar_t>, kVector> widened(
-    const VectorPair<scalar_t, kVector>& pair) {
-  return {widened(pair.z), widened(pair.t)};
-}
+// Of kl_, whose clusters share a row: what a thread does once a row, reductions above all, weighs the
+// less the more of it each one takes.
+constexpr int kKlThreadsOfOnce = 256;
+// So that a thread has 80 registers; in fp64, 128.
+template <typename scalar_t, unsigned kThreads>
+constexpr int kKlBlocksOfOnce = (sizeof(scalar_t) == sizeof(double) ? 512 : 768) / kThreads;
 
 // Pairs of vectors that a thread has under way.
 template <typename scalar_t>
 constexpr int kKlBatch = sizeof(scalar_t) <= 4 ? 2 : 1;
-
-// Adds a vector to sums; exponents are rescaled only where one of the two tops rises.
-template <bool kHot, bool kReverse, int kVector, typename T>
-__device__ inline void add_kl_vector(KlSums<T>& sums, int column,
-                                     const WidePair<T, kVector>& pair, T inverse_temperature) {
-  T top_z = sums.top_z;
-  T top_t = sums.top_t;
-#pragma unroll
-  for (int k = 0; k < kVector; ++k) {
-    top_z = larger(top_z, pair.z.at[k]);
-    top_t = larger(top_t, pair.t.at[k]);
-  }
-  if (top_z > sums.top_z || top_t > sums.top_t) {
-    if (top_t > sums.top_t) {
-#pragma unroll
-      for (int k = kVector - 1; k >= 0; --k) {
-        sums.first = pair.t.at[k] == top_t ? column + k : sums.first;
-      }
-    }
-    raise_kl_tops<kHot, kReverse>(sums, top_z, top_t, inverse_temperature);
-  }
-  const T base_z = base_of(sums.top_z);
-  const T base_t = base_of(sums.top_t);
-#pragma unroll
-  for (int k = 0; k < kVector; ++k) {
-    add_kl_terms<kHot>(sums, kl_terms<kHot, kReverse>(pair.z.at[k], pair.t.at[k], base_z, base_t,
-                                                inverse_temperature));
-  }
-}
+// Of kl_ while it reads: as many as leave its registers room, of which fp16 takes the most.
+template <typename scalar_t>
+constexpr int kKlBatchOfOnce =
+    std::is_same_v<scalar_t, c10::Half> ? kKlBatch<scalar_t> : 2 * kKlBatch<scalar_t>;
 
 //   out   [12, rows]; a block for each row, kReduceBytes<KlSums, kKlThreads> of shared memory.
 template <typename scalar_t, int kVector, bool kHot, bool kReverse>
@@ -113,12 +57,14 @@ __global__ void __launch_bounds__(kKlThreads, kKlBlocks<scalar_t>)
   const scalar_t* const t = teacher + row * width;
   auto sums = no_kl_sums<math_t>();
   walk_pair<kVector, kKlThreads, kKlBatch<scalar_t>>(
-      0, width, loads_of<kVector>(z, t),
-      [&](int column, const VectorPair<scalar_t, kVector>& pair) {
-        add_kl_vector<kHot, kReverse>(sums, column, widened(pair), inverse_temperature);
+      0, width, loads_of<kVector>(z, t), [&](int column, int stride, const auto& pairs) {
+        add_kl_batch<kHot, kReverse>(sums, column, stride, width, pairs, inverse_temperature);
       });
+  if (sums.first < width) {
+    sums.first = first_column(sums.first, packed_at<kVector>(t + sums.first), sums.top_t);
+  }
   const MergeKlSums<kHot, kReverse, math_t> merge{inverse_temperature};
-  sums = block_reduce<kKlThreads>(sums, merge, shared);
+  sums = block_reduce<kKlThreads, true>(sums, merge, shared);
   if (threadIdx.x == 0) {
     write_kl_partials(told_kl_sums(sums, width, kHot, kReverse, inverse_temperature), width,
                       labels[row], kReverse, z, t, out + row, rows);
@@ -132,19 +78,28 @@ struct AddJsdTerms {
   }
 };
 
-// What a thread adds to the halves of the JSD of a row; load as for walk_pair().
-template <typename scalar_t, int kVector, unsigned kThreads, typename Load>
+// What a thread adds to the halves of the JSD of a row, in the own base; load as for walk_pair().
+//   between, lse   as for jsd_terms(), but natural.
+template <typename scalar_t, int kVector, unsigned kThreads, int kMany, typename Load>
 __device__ inline JsdTerms<wide_t<scalar_t>> jsd_of_columns(
     int begin, int end, const Load& load, wide_t<scalar_t> between, wide_t<scalar_t> lse,
     const KlObjective<wide_t<scalar_t>>& objective) {
   using math_t = wide_t<scalar_t>;
+  const auto own = in_own_base(objective);
+  const math_t own_between = between * to_own_base<math_t>();
+  const math_t own_lse = lse * to_own_base<math_t>();
   JsdTerms<math_t> sums{math_t(0), math_t(0)};
-  walk_pair<kVector, kThreads, kKlBatch<scalar_t>>(
-      begin, end, load, [&](int, const VectorPair<scalar_t, kVector>& pair) {
-        const auto [z, t] = widened(pair);
+  walk_pair<kVector, kThreads, kMany>(
+      begin, end, load, [&](int column, int stride, const auto& pairs) {
 #pragma unroll
-        for (int k = 0; k < kVector; ++k) {
-          sums = AddJsdTerms{}(sums, jsd_terms(z.at[k], t.at[k], between, lse, objective));
+        for (int u = 0; u < kMany; ++u) {
+          if (u == 0 || column + u * stride < end) {
+            const auto [z, t] = widened(pairs[u]);
+#pragma unroll
+            for (int k = 0; k < kVector; ++k) {
+              sums = AddJsdTerms{}(sums, jsd_terms(z.at[k], t.at[k], own_between, own_lse, own));
+            }
+          }
         }
       });
   return sums;
@@ -160,13 +115,14 @@ __global__ void __launch_bounds__(kKlThreads, kKlBlocks<scalar_t>)
                         KlObjective<wide_t<scalar_t>> objective) {
   MLR1_SHARED(shared);
   const std::int64_t row = blockIdx.x;
-  auto sums = jsd_of_columns<scalar_t, kVector, kKlThreads>(
+  auto sums = jsd_of_columns<scalar_t, kVector, kKlThreads, kKlBatch<scalar_t>>(
       0, width, loads_of<kVector>(student + row * width, teacher + row * width), between[row],
       lse[row], objective);
-  sums = block_reduce<kKlThreads>(sums, AddJsdTerms{}, shared);
+  sums = block_reduce<kKlThreads, true>(sums, AddJsdTerms{}, shared);
   if (threadIdx.x == 0) {
-    out[row] = sums.teacher;
-    out[row + rows] = sums.student;
+    const auto halves = told_jsd_terms(sums);
+    out[row] = halves.teacher;
+    out[row + rows] = halves.student;
   }
 }
 
@@ -196,12 +152,15 @@ __device__ inline KlSplit<wide_t<scalar_t>> overwrite_by_gradient(
     const KlObjective<wide_t<scalar_t>>& objective) {
   using math_t = wide_t<scalar_t>;
   const bool is_idle = row.is_idle();
+  const auto own_row = in_own_base<kDirection>(row);
+  const auto own_objective = in_own_base(objective);
   const bool has_label = label >= begin && label < end &&
                          static_cast<unsigned>((label - begin) / kVector) % kThreads == threadIdx.x;
   math_t at_label = 0;
   if (has_label && !is_idle) {
     at_label = kl_gradient<kHot, kDirection>(static_cast<math_t>(z_now[label]),
-                                             static_cast<math_t>(t[label]), row, objective)
+                                             static_cast<math_t>(t[label]), own_row,
+                                             own_objective)
                    .gradient -
                row.weight;
   }
@@ -210,8 +169,8 @@ __device__ inline KlSplit<wide_t<scalar_t>> overwrite_by_gradient(
       z, begin, end, reads, load,
       [&](int, int k, const WidePair<math_t, kVector>& pair) {
         const auto made =
-            kl_gradient<kHot, kDirection>(pair.z.at[k], pair.t.at[k], row, objective);
-        split = AddKlSplits{}(split, kl_split(made.p, made.term));
+            kl_gradient<kHot, kDirection>(pair.z.at[k], pair.t.at[k], own_row, own_objective);
+        add_to_kl_split(split, made.p, made.term);
         return is_idle ? math_t(0) : made.gradient;
       });
   if (has_label) {
@@ -237,7 +196,7 @@ __global__ void __launch_bounds__(kKlThreads, kKlBlocks<scalar_t>)
   auto split = overwrite_by_gradient<out_t, kVector, kKlThreads, kUnrolled, kHot, kDirection>(
       z, 0, width, true, loads_of<kVector>(z, t), z, t, static_cast<int>(labels[row]),
       kl_row(rows_4C, weights_3C, row, rows), objective);
-  split = block_reduce<kKlThreads>(split, AddKlSplits{}, shared);
+  split = block_reduce<kKlThreads, true>(split, AddKlSplits{}, shared);
   if (threadIdx.x == 0) {
     write_kl_split(split, out + row, rows);
   }
@@ -262,27 +221,31 @@ struct KlShares {
   int kept_t;    // of how many, the first ones, it holds t
 };
 
-// Shared memory at the begin of a block's: what reductions need.
+// Shared memory at the begin of a block's: what reductions need, and what they tell all threads.
 template <typename math_t, unsigned kThreads>
 struct KlRoom {
   static constexpr std::size_t kSums = (kReduceBytes<KlSums<math_t>, kThreads> + 15) / 16 * 16;
   static constexpr std::size_t kJsd = kSums + kClusterReduceBytes<KlSums<math_t>>;
   static constexpr std::size_t kSplit = kJsd + kClusterReduceBytes<JsdTerms<math_t>>;
-  static constexpr std::size_t kBytes = kSplit + kClusterReduceBytes<KlSplit<math_t>>;
+  static constexpr std::size_t kKnown = kSplit + kClusterReduceBytes<KlSplit<math_t>>;
+  static constexpr std::size_t kHalves = kKnown + (sizeof(KlKnown<math_t>) + 15) / 16 * 16;
+  static constexpr std::size_t kBytes = kHalves + (sizeof(JsdTerms<math_t>) + 15) / 16 * 16;
 };
 
-// Over all threads of a cluster whose blocks have begun. Each reduction has a `place` of its own
-// behind `shared`: another block may still read the last one's.
+// Over all threads of a cluster whose blocks have begun, for the first warp of each block: a warp that
+// waits leaves its turns to other blocks. Each reduction has a `place` of its own behind `shared`:
+// another block may still read the last one's.
 template <unsigned kThreads, typename T, typename Merge>
 __device__ inline T row_reduce(T value, const Merge& merge, unsigned char* shared,
                                std::size_t place) {
-  return cluster_reduce(block_reduce<kThreads>(value, merge, shared), merge, shared + place);
+  value = block_reduce<kThreads, true>(value, merge, shared);
+  return cluster_reduce<true>(value, merge, shared + place);
 }
 
 //   A cluster for each row, with KlRoom::kBytes of shared memory and room for what is kept.
 template <typename scalar_t, typename out_t, int kVector, unsigned kThreads, bool kHot,
           KlDirection kDirection>
-__global__ void __launch_bounds__(kThreads, kKlBlocks<scalar_t>)
+__global__ void __launch_bounds__(kThreads, (kKlBlocksOfOnce<scalar_t, kThreads>))
     kl_kernel(const KlPairs<scalar_t> of, const KlShares shares,
               const KlObjective<wide_t<scalar_t>> objective, const KlLoss<wide_t<scalar_t>> loss) {
   using math_t = wide_t<scalar_t>;
@@ -295,7 +258,7 @@ __global__ void __launch_bounds__(kThreads, kKlBlocks<scalar_t>)
   const scalar_t* const t = of.teacher + row * of.width;
   const int begin = static_cast<int>(cluster_rank()) * shares.columns;
   const int end = begin + shares.columns < of.width ? begin + shares.columns : of.width;
-  const int kept_end = begin + shares.kept_t;
+  const int kept_end = begin + shares.kept_t < end ? begin + shares.kept_t : end;
   // Each thread takes out of shared memory what it put there: no barrier lies between.
   scalar_t* const kept_z = reinterpret_cast<scalar_t*>(shared + room::kBytes) - begin;
   scalar_t* const kept_t = kept_z + (shares.keeps_z ? shares.columns : 0);
@@ -305,8 +268,11 @@ __global__ void __launch_bounds__(kThreads, kKlBlocks<scalar_t>)
   const math_t label_z = speaks ? logit_at_label<math_t>(z, label, of.width) : math_t(0);
   const math_t label_t = speaks ? logit_at_label<math_t>(t, label, of.width) : math_t(0);
 
+  const auto again = [&](int column) {
+    return loads_of<kVector>(z_again, column < kept_end ? kept_t : t)(column);
+  };
   auto sums = no_kl_sums<math_t>();
-  walk_pair<kVector, kThreads, kKlBatch<scalar_t>>(
+  walk_pair<kVector, kThreads, kKlBatchOfOnce<scalar_t>>(
       begin, end,
       [&](int column) {
         return VectorPair<scalar_t, kVector>{
@@ -314,41 +280,53 @@ __global__ void __launch_bounds__(kThreads, kKlBlocks<scalar_t>)
             column < kept_end ? packed_seen_once<kVector>(t + column)
                               : packed_at<kVector>(t + column)};
       },
-      [&](int column, const VectorPair<scalar_t, kVector>& pair) {
-        if (shares.keeps_z) {
-          *reinterpret_cast<Packed<Vector<scalar_t, kVector>>*>(kept_z + column) = pair.z;
+      [&](int first, int stride, const auto& pairs) {
+#pragma unroll
+        for (int u = 0; u < kKlBatchOfOnce<scalar_t>; ++u) {
+          const int column = first + u * stride;
+          if (shares.keeps_z && column < end) {
+            *reinterpret_cast<Packed<Vector<scalar_t, kVector>>*>(kept_z + column) = pairs[u].z;
+          }
+          if (column < kept_end) {
+            *reinterpret_cast<Packed<Vector<scalar_t, kVector>>*>(kept_t + column) = pairs[u].t;
+          }
         }
-        if (column < kept_end) {
-          *reinterpret_cast<Packed<Vector<scalar_t, kVector>>*>(kept_t + column) = pair.t;
-        }
-        add_kl_vector<kHot, kReverse>(sums, column, widened(pair), objective.inverse_temperature);
+        add_kl_batch<kHot, kReverse>(sums, first, stride, end, pairs,
+                                     objective.inverse_temperature);
       });
+  if (sums.first < end) {
+    sums.first = first_column(sums.first, again(sums.first).t, sums.top_t);
+  }
   cluster_wait();
   const MergeKlSums<kHot, kReverse, math_t> merge{objective.inverse_temperature};
   sums = row_reduce<kThreads>(sums, merge, shared, room::kSums);
   // From here on every thread of the cluster has read its logits.
-  const auto told = told_kl_sums(sums, of.width, kHot, kReverse, objective.inverse_temperature);
-  auto known = kl_known(told, kReverse, objective.inverse_temperature);
-  const auto again = [&](int column) {
-    return loads_of<kVector>(z_again, column < kept_end ? kept_t : t)(column);
-  };
+  auto* const told_known = reinterpret_cast<KlKnown<math_t>*>(shared + room::kKnown);
+  if (threadIdx.x == 0) {
+    const auto told = told_kl_sums(sums, of.width, kHot, kReverse, objective.inverse_temperature);
+    *told_known = kl_known(told, kReverse, objective.inverse_temperature);
+    if (told.first >= begin && told.first < end) {
+      of.out[5 * of.rows + row] = kl_agreement(told, static_cast<math_t>(z_again[told.first]));
+    }
+  }
+  __syncthreads();
+  auto known = *told_known;
   math_t centre = known.divergence;
   if constexpr (kDirection == KlDirection::jsd) {
-    auto halves = jsd_of_columns<scalar_t, kVector, kThreads>(begin, end, again, known.between,
-                                                              known.hot_lse, objective);
-    halves = row_reduce<kThreads>(halves, AddJsdTerms{}, shared, room::kJsd);
-    known.divergence = jsd_of(halves, objective);
-    centre = halves.student;
+    const auto terms = jsd_of_columns<scalar_t, kVector, kThreads, kKlBatch<scalar_t>>(
+        begin, end, again, known.between, known.hot_lse, objective);
+    const auto of_row = row_reduce<kThreads>(terms, AddJsdTerms{}, shared, room::kJsd);
+    auto* const told_halves = reinterpret_cast<JsdTerms<math_t>*>(shared + room::kHalves);
+    if (threadIdx.x == 0) {
+      *told_halves = told_jsd_terms(of_row);
+    }
+    __syncthreads();
+    known.divergence = jsd_of(*told_halves, objective);
+    centre = told_halves->student;
   }
   auto* const out = of.out + row;
   if (speaks) {
     write_kl_known(known, label_z, label_t, out, of.rows);
-  }
-  if (threadIdx.x == 0 && told.first >= begin && told.first < end) {
-    out[5 * of.rows] = kl_agreement(told, static_cast<math_t>(z_again[told.first]));
-  }
-  if (!shares.keeps_z) {
-    __syncthreads();
   }
   const auto given = kl_row(known, centre, of.weights_2C[row], of.weights_2C[of.rows + row], loss);
   constexpr int kUnrolled = kVector > 4 ? 1 : kLoadedAtOnce<scalar_t, kVector>;

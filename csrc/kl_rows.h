@@ -4,11 +4,11 @@
 // T is the type of the arithmetic: float for fp32, bf16 and fp16 logits, double for fp64.
 #pragma once
 
-#include <climits>
 #include <cmath>
 #include <cstdint>
 #include <limits>
 
+#include "common/kl_sums.h"
 #include "common/math.h"
 
 namespace mlr1 {
@@ -21,16 +21,16 @@ constexpr double kHeadProbability = 1.0 / 1024;
 
 enum class KlDirection { forward, reverse, jsd };
 
-// log(1 + y) for y of [0, 1]. On the host as 2 artanh(s) = 2 (s + s^3 / 3 + ...) with
-// s = y / (2 + y) <= 1/3, up to terms below half a unit of the type. On the device in fp32 by the one
-// instruction for log2, which is off by 2^-22 at most: with the rounding of 1 + y, 2.3e-7 in all.
+// Logarithm to the own base of 1 + y, y of [0, 1]. On the host as 2 artanh(s) = 2 (s + s^3 / 3 + ...)
+// with s = y / (2 + y) <= 1/3, up to terms below half a unit of the type. On the device in fp32 by the
+// one instruction for log2, which is off by 2^-22 at most: with the rounding of 1 + y, 3.3e-7 in all.
 template <typename T>
 MLR1_HOST_DEVICE inline T log_one_and(T y) {
 #if defined(__CUDA_ARCH__)
   if constexpr (sizeof(T) == sizeof(float)) {
     float log2;
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(log2) : "f"(1.0f + y));
-    return 0.693147181f * log2;
+    return log2;
   } else {
     return log1p(y);
   }
@@ -41,120 +41,8 @@ MLR1_HOST_DEVICE inline T log_one_and(T y) {
   for (int k = kTerms - 1; k >= 0; --k) {
     p = p * (s * s) + T(1) / T(2 * k + 1);
   }
-  return T(2) * s * p;
+  return T(2) * s * p * to_own_base<T>();
 #endif
-}
-
-// What exponents are taken relative to: the largest logit, or a finite number where there is none.
-template <typename T>
-MLR1_HOST_DEVICE inline T base_of(T top) {
-  constexpr T kLowest = std::numeric_limits<T>::lowest();
-  return larger(top, kLowest);
-}
-
-// Sums over some columns of a row.
-template <typename T>
-struct KlSums {
-  T top_z;    // largest z, -inf where there are no columns
-  T top_t;    // largest t
-  T q;        // of e^(z - top_z)
-  T q_hot;    // of e^((z - top_z) / T); unused at temperature 1
-  T p;        // of e^(t - top_t)
-  T p_hot;    // of e^((t - top_t) / T); unused at temperature 1
-  T cross;    // of e^((t - top_t) / T) (t - z), or of e^((z - top_z) / T) (z - t) if reverse
-  T spread;   // of e^(t - top_t) (t - top_t)
-  int first;  // column of the first t that equals top_t
-};
-
-template <typename T>
-MLR1_HOST_DEVICE inline KlSums<T> no_kl_sums() {
-  constexpr T kNone = -std::numeric_limits<T>::infinity();
-  return {kNone, kNone, T(0), T(0), T(0), T(0), T(0), T(0), INT_MAX};
-}
-
-// What one pair of logits adds.
-template <typename T>
-struct KlTerms {
-  T q, q_hot, p, p_hot, cross, spread;
-};
-
-template <bool kHot, bool kReverse, typename T>
-MLR1_HOST_DEVICE inline KlTerms<T> kl_terms(T z, T t, T base_z, T base_t, T inverse_temperature) {
-  const T student = z - base_z;
-  const T teacher = t - base_t;
-  KlTerms<T> terms;
-  terms.q = exponential_of_any(student);
-  terms.p = exponential_of_any(teacher);
-  terms.q_hot = kHot ? exponential_of_any(student * inverse_temperature) : terms.q;
-  terms.p_hot = kHot ? exponential_of_any(teacher * inverse_temperature) : terms.p;
-  terms.cross = kReverse ? terms.q_hot * (z - t) : terms.p_hot * (t - z);
-  terms.spread = terms.p * teacher;
-  return terms;
-}
-
-template <bool kHot = true, typename T>
-MLR1_HOST_DEVICE inline void add_kl_terms(KlSums<T>& sums, const KlTerms<T>& terms) {
-  sums.q += terms.q;
-  sums.p += terms.p;
-  if (kHot) {
-    sums.q_hot += terms.q_hot;
-    sums.p_hot += terms.p_hot;
-  }
-  sums.cross += terms.cross;
-  sums.spread += terms.spread;
-}
-
-// Makes sums relative to larger tops.
-template <bool kHot, bool kReverse, typename T>
-MLR1_HOST_DEVICE inline void raise_kl_tops(KlSums<T>& sums, T top_z, T top_t,
-                                           T inverse_temperature) {
-  const T shift_z = base_of(sums.top_z) - base_of(top_z);
-  const T shift_t = base_of(sums.top_t) - base_of(top_t);
-  const T factor_z = exponential_of_any(shift_z);
-  const T factor_t = exponential_of_any(shift_t);
-  const T hot_z = kHot ? exponential_of_any(shift_z * inverse_temperature) : factor_z;
-  const T hot_t = kHot ? exponential_of_any(shift_t * inverse_temperature) : factor_t;
-  sums.q *= factor_z;
-  // The factor is zero long before the bound: without it the product could be infinite, and NaN.
-  sums.spread = (sums.spread + larger(shift_t, T(-1e4)) * sums.p) * factor_t;
-  sums.p *= factor_t;
-  if (kHot) {
-    sums.q_hot *= hot_z;
-    sums.p_hot *= hot_t;
-  }
-  sums.cross *= kReverse ? hot_z : hot_t;
-  sums.top_z = top_z;
-  sums.top_t = top_t;
-}
-
-// Sums over the columns of both. The same two in the same order give the same bits.
-template <bool kHot, bool kReverse, typename T>
-MLR1_HOST_DEVICE inline KlSums<T> merged_kl_sums(KlSums<T> a, KlSums<T> b, T inverse_temperature) {
-  const T top_z = larger(a.top_z, b.top_z);
-  const T top_t = larger(a.top_t, b.top_t);
-  const bool takes_b = b.top_t > a.top_t || (b.top_t == a.top_t && b.first < a.first);
-  raise_kl_tops<kHot, kReverse>(a, top_z, top_t, inverse_temperature);
-  raise_kl_tops<kHot, kReverse>(b, top_z, top_t, inverse_temperature);
-  a.first = takes_b ? b.first : a.first;
-  add_kl_terms<kHot>(a, KlTerms<T>{b.q, b.q_hot, b.p, b.p_hot, b.cross, b.spread});
-  return a;
-}
-
-// Sums as others take them: not a number where the largest logit is not finite, as a softmax of
-// such logits is; q_hot and p_hot at temperature 1 too; the cross sum of z / T and t / T.
-template <typename T>
-MLR1_HOST_DEVICE inline KlSums<T> told_kl_sums(KlSums<T> sums, int width, bool hot, bool reverse,
-                                               T inverse_temperature) {
-  const T hurt_z = width > 0 ? sums.top_z - sums.top_z : T(0);
-  const T hurt_t = width > 0 ? sums.top_t - sums.top_t : T(0);
-  sums.q_hot = (hot ? sums.q_hot : sums.q) + hurt_z;
-  sums.p_hot = (hot ? sums.p_hot : sums.p) + hurt_t;
-  sums.q += hurt_z;
-  sums.p += hurt_t;
-  sums.cross = (sums.cross + (reverse ? hurt_z : hurt_t)) * inverse_temperature;
-  sums.spread += hurt_t;
-  sums.first = sums.first < width ? sums.first : 0;
-  return sums;
 }
 
 // A logit in the type of the arithmetic; zero where the column is in another shard.
@@ -235,13 +123,22 @@ inline KlObjective<T> kl_objective(double temperature, double beta) {
           static_cast<T>(std::log(1 - beta)), static_cast<T>(beta), static_cast<T>(1 - beta)};
 }
 
-// log p'/m of gap = log q'/p'; log q'/m is gap more.
+// The same with logarithms and z / T in the own base.
+template <typename T>
+MLR1_HOST_DEVICE inline KlObjective<T> in_own_base(KlObjective<T> objective) {
+  objective.inverse_temperature *= to_own_base<T>();
+  objective.log_teacher_share *= to_own_base<T>();
+  objective.log_student_share *= to_own_base<T>();
+  return objective;
+}
+
+// log p'/m of gap = log q'/p'; log q'/m is gap more. All in the own base.
 template <typename T>
 MLR1_HOST_DEVICE inline T log_teacher_of_mixture(T gap, const KlObjective<T>& objective) {
   const T student = gap + objective.log_student_share;
   const T apart = student - objective.log_teacher_share;
   const T top = larger(student, objective.log_teacher_share);
-  return -(top + log_one_and(exponential_of_any(apart < T(0) ? apart : -apart)));
+  return -(top + log_one_and(power(-std::fabs(apart))));
 }
 
 template <typename T>
@@ -250,21 +147,28 @@ struct JsdTerms {
   T student;  // q' log q'/m
 };
 
+// In the own base, and so are
 //   between   log sum exp of z / T, less that of t / T.
 //   lse       log sum exp of z / T.
 template <typename T>
 MLR1_HOST_DEVICE inline JsdTerms<T> jsd_terms(T z, T t, T between, T lse,
                                               const KlObjective<T>& objective) {
-  const T gap = (z - t) * objective.inverse_temperature - between;
+  const T gap = scaled_less(z - t, objective.inverse_temperature, between);
   const T log_p = log_teacher_of_mixture(gap, objective);
-  const T log_q = z * objective.inverse_temperature - lse;
-  return {log_p * exponential_of_any(log_q - gap), (log_p + gap) * exponential_of_any(log_q)};
+  const T log_q = scaled_less(z, objective.inverse_temperature, lse);
+  return {log_p * power(log_q - gap), (log_p + gap) * power(log_q)};
 }
 
-// The JSD of a row of the sums of its halves.
+// Halves of the JSD, of sums of their terms.
 template <typename T>
-MLR1_HOST_DEVICE inline T jsd_of(const JsdTerms<T>& sums, const KlObjective<T>& objective) {
-  return objective.teacher_share * sums.teacher + objective.student_share * sums.student;
+MLR1_HOST_DEVICE inline JsdTerms<T> told_jsd_terms(const JsdTerms<T>& sums) {
+  return {sums.teacher * to_natural<T>(), sums.student * to_natural<T>()};
+}
+
+// The JSD of a row of its halves.
+template <typename T>
+MLR1_HOST_DEVICE inline T jsd_of(const JsdTerms<T>& halves, const KlObjective<T>& objective) {
+  return objective.teacher_share * halves.teacher + objective.student_share * halves.student;
 }
 
 // rows_4C and weights_3C of the definition, one row of them.
@@ -310,21 +214,33 @@ MLR1_HOST_DEVICE inline KlRow<T> kl_row(const KlKnown<T>& known, T centre, T cro
           divergence * loss.temperature};
 }
 
+// The same with logarithms in the own base, and a kd that takes what follows from them back.
+template <KlDirection kDirection, typename T>
+MLR1_HOST_DEVICE inline KlRow<T> in_own_base(KlRow<T> row) {
+  row.lse *= to_own_base<T>();
+  row.hot_lse *= to_own_base<T>();
+  row.teacher_hot_lse *= to_own_base<T>();
+  row.centre *= to_own_base<T>();
+  row.kd *= kDirection == KlDirection::forward ? T(1) : to_natural<T>();
+  return row;
+}
+
 template <typename T>
 struct KlGradient {
   T gradient;  // but for the label's weight
   T p;         // p'
-  T term;      // p' log p'/q'
+  T term;      // p' log p'/q', in the own base
 };
 
+//   row, objective   in the own base; at temperature 1, lse and hot_lse are the same.
 template <bool kHot, KlDirection kDirection, typename T>
 MLR1_HOST_DEVICE inline KlGradient<T> kl_gradient(T z, T t, const KlRow<T>& row,
                                                   const KlObjective<T>& objective) {
-  const T log_q = z * objective.inverse_temperature - row.hot_lse;
-  const T log_p = t * objective.inverse_temperature - row.teacher_hot_lse;
-  const T p = exponential_of_any(log_p);
-  const T q = exponential_of_any(z - row.lse);
-  const T q_hot = kHot ? exponential_of_any(log_q) : q;
+  const T log_q = scaled_less(z, objective.inverse_temperature, row.hot_lse);
+  const T log_p = scaled_less(t, objective.inverse_temperature, row.teacher_hot_lse);
+  const T p = power(log_p);
+  const T q_hot = power(log_q);
+  const T q = kHot ? power(scaled_less(z, to_own_base<T>(), row.lse)) : q_hot;
   const T gap = log_q - log_p;
   T follow;
   if constexpr (kDirection == KlDirection::forward) {
@@ -346,11 +262,21 @@ struct KlSplit {
   T mass;  // p' of the head
 };
 
+//   p, term   as in KlGradient.
 template <typename T>
-MLR1_HOST_DEVICE inline KlSplit<T> kl_split(T p, T term) {
-  const T in_head = p >= T(kHeadProbability) ? T(1) : T(0);
-  // Times zero, not left out: a term that is not finite shows in both, as in the definition.
-  return {term * in_head, in_head > T(0) ? T(0) : term, p * in_head};
+MLR1_HOST_DEVICE inline void add_to_kl_split(KlSplit<T>& split, T p, T term) {
+  const bool in_tail = p < T(kHeadProbability);
+  split.mass = in_tail ? split.mass : split.mass + p;
+  split.head = in_tail ? split.head : split.head + term;
+  split.tail = in_tail ? split.tail + term : split.tail;
+}
+
+// The split of a row as others take it: what is not finite shows as in the definition, which takes
+// terms and p' of other ids times zero, and a p' that is not a number as one of the tail.
+template <typename T>
+MLR1_HOST_DEVICE inline KlSplit<T> told_kl_split(const KlSplit<T>& sums) {
+  return {(sums.head + T(0) * sums.tail) * to_natural<T>(),
+          (sums.tail + T(0) * sums.mass) * to_natural<T>(), sums.mass};
 }
 
 // The statistics of a row that are known before its gradient, to out[0] .. out[4 * stride].
@@ -365,7 +291,8 @@ MLR1_HOST_DEVICE inline void write_kl_known(const KlKnown<T>& known, T label_z, 
 }
 
 template <typename T>
-MLR1_HOST_DEVICE inline void write_kl_split(const KlSplit<T>& split, T* out, std::int64_t stride) {
+MLR1_HOST_DEVICE inline void write_kl_split(const KlSplit<T>& sums, T* out, std::int64_t stride) {
+  const KlSplit<T> split = told_kl_split(sums);
   out[0] = split.head;
   out[stride] = split.tail;
   out[2 * stride] = split.mass;

@@ -13,6 +13,13 @@ namespace mlr1 {
 
 constexpr int kSparseKlPartials = 6;
 
+// What exponents are taken relative to: the largest logit, or a finite number where there is none.
+template <typename T>
+MLR1_HOST_DEVICE inline T base_of(T top) {
+  constexpr T kLowest = std::numeric_limits<T>::lowest();
+  return larger(top, kLowest);
+}
+
 // Sums over some columns of a row.
 template <typename T>
 struct SparseKlSums {

@@ -72,6 +72,51 @@ MLR1_HOST_DEVICE inline float exponential_of_any(float x) {
 #endif
 }
 
+// Logarithms of a machine's own base: 2 for fp32 on a device, whose instructions are 2^y and log2, else
+// e. There one joint product and sum takes a logit less its base to the exponent of a power, where a
+// natural exponent takes one step more.
+#if defined(__CUDA_ARCH__) || defined(MLR1_EMULATED)
+constexpr bool kOwnBaseIsTwo = true;
+#else
+constexpr bool kOwnBaseIsTwo = false;
+#endif
+
+// What makes a natural logarithm one of the own base, and back.
+template <typename T>
+MLR1_HOST_DEVICE constexpr T to_own_base() {
+  return kOwnBaseIsTwo && sizeof(T) == sizeof(float) ? T(1.44269504f) : T(1);
+}
+template <typename T>
+MLR1_HOST_DEVICE constexpr T to_natural() {
+  return kOwnBaseIsTwo && sizeof(T) == sizeof(float) ? T(0.693147181f) : T(1);
+}
+
+// x * scale - base, rounded once where the own base is 2.
+MLR1_HOST_DEVICE inline double scaled_less(double x, double scale, double base) {
+  return x * scale - base;
+}
+MLR1_HOST_DEVICE inline float scaled_less(float x, float scale, float base) {
+#if defined(__CUDA_ARCH__) || defined(MLR1_EMULATED)
+  return std::fma(x, scale, -base);
+#else
+  return x * scale - base;
+#endif
+}
+
+// The own base to the power of any x, with the ends and the error of exponential_of_any().
+MLR1_HOST_DEVICE inline double power(double x) { return exponential_of_any(x); }
+MLR1_HOST_DEVICE inline float power(float x) {
+#if defined(__CUDA_ARCH__)
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+#elif defined(MLR1_EMULATED)
+  return std::exp2(x);
+#else
+  return exponential_of_any(x);
+#endif
+}
+
 // The larger one; the first where the second is not a number.
 template <typename T>
 MLR1_HOST_DEVICE inline T larger(T a, T b) {

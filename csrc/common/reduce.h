@@ -69,9 +69,11 @@ __device__ inline T warp_reduce(T value, const Merge& merge) {
 template <typename T, unsigned threads>
 constexpr std::size_t kReduceBytes = sizeof(T) * (threads / kWarp);
 
-// Over all threads of a block of `threads` x 1 x 1, a power of two. `scratch` has kReduceBytes,
-// aligned for T. Behind it, scratch may be used again, and all see what was written to shared memory.
-template <unsigned threads, typename T, typename Merge>
+// Over all threads of a block of `threads` x 1 x 1, a power of two; where kForFirst, for its first warp
+// alone, and what others get has no meaning. `scratch` has kReduceBytes, aligned for T. Behind it all
+// see what was written to shared memory, and scratch may be used again, where kForFirst behind another
+// barrier only.
+template <unsigned threads, bool kForFirst = false, typename T, typename Merge>
 __device__ inline T block_reduce(T value, const Merge& merge, void* scratch) {
   constexpr unsigned kWarps = threads / kWarp;
   static_assert(threads % kWarp == 0 && kWarps <= kWarp && (kWarps & (kWarps - 1)) == 0,
@@ -82,8 +84,12 @@ __device__ inline T block_reduce(T value, const Merge& merge, void* scratch) {
     of_warp[threadIdx.x / kWarp] = value;
   }
   __syncthreads();
-  value = warp_reduce<kWarps>(of_warp[threadIdx.x % kWarps], merge);
-  __syncthreads();
+  if (!kForFirst || threadIdx.x < kWarp) {
+    value = warp_reduce<kWarps>(of_warp[threadIdx.x % kWarps], merge);
+  }
+  if constexpr (!kForFirst) {
+    __syncthreads();
+  }
   return value;
 }
 
@@ -92,16 +98,20 @@ constexpr unsigned kMostBlocks = 16;
 template <typename T>
 constexpr std::size_t kClusterReduceBytes = sizeof(T) * kMostBlocks;
 
-// Over the blocks of a cluster, of a value that all threads of a block have. Every block must have
-// started (cluster_sync() once before). `scratch` has kClusterReduceBytes, aligned for T; it may be
-// used again after another barrier of the cluster. Blocks may end behind it.
-template <typename T, typename Merge>
+// Over the blocks of a cluster, of a value that all threads of a block have; where kForFirst, its first
+// warp, for first warps alone. Every block must have started (cluster_sync() once before). `scratch` has
+// kClusterReduceBytes, aligned for T; it may be used again after another barrier of the cluster. Blocks
+// may end behind it.
+template <bool kForFirst = false, typename T, typename Merge>
 __device__ inline T cluster_reduce(T value, const Merge& merge, void* scratch) {
   T* const of_rank = static_cast<T*>(scratch);
   if (threadIdx.x < cluster_size()) {
     *cluster_shared(of_rank + cluster_rank(), threadIdx.x) = value;
   }
   cluster_sync();
+  if (kForFirst && threadIdx.x >= kWarp) {
+    return value;
+  }
   if constexpr (kKnowsLanes<Merge>) {
     const unsigned rank = threadIdx.x % kMostBlocks;
     return warp_reduce<kMostBlocks>(rank < cluster_size() ? of_rank[rank] : merge.none(), merge);

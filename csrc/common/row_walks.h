@@ -25,8 +25,9 @@ __device__ inline auto loads_of(const scalar_t* z, const scalar_t* t) {
   };
 }
 
-// Calls visit(column, load(column)) for this thread's columns of [begin, end), in ascending order;
-// load gives the vectors of both that begin there. kMany of them are under way together.
+// Calls visit(column, stride, loaded) for this thread's columns of [begin, end), in ascending order:
+// loaded[0] .. loaded[kMany - 1] are what load gives of the vectors of both that begin at `column`,
+// column + stride, .. ; they are under way together. Of columns that are not there it has loaded[0].
 template <int kVector, unsigned kThreads, int kMany, typename Load, typename Visit>
 __device__ inline void walk_pair(int begin, int end, const Load& load, const Visit& visit) {
   constexpr int kStride = static_cast<int>(kThreads) * kVector;
@@ -34,18 +35,15 @@ __device__ inline void walk_pair(int begin, int end, const Load& load, const Vis
   int column = begin + static_cast<int>(threadIdx.x) * kVector;
   for (; column < end; column += kMany * kStride) {
     Loaded loaded[kMany];
+    loaded[0] = load(column);
 #pragma unroll
-    for (int u = 0; u < kMany; ++u) {
-      if (u == 0 || column + u * kStride < end) {
+    for (int u = 1; u < kMany; ++u) {
+      loaded[u] = loaded[0];
+      if (column + u * kStride < end) {
         loaded[u] = load(column + u * kStride);
       }
     }
-#pragma unroll
-    for (int u = 0; u < kMany; ++u) {
-      if (u == 0 || column + u * kStride < end) {
-        visit(column + u * kStride, loaded[u]);
-      }
-    }
+    visit(column, kStride, loaded);
   }
 }
 

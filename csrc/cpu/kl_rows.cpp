@@ -28,10 +28,10 @@ namespace {
 template <bool kHot, bool kReverse, typename T>
 MLR1_INLINE void add_block(const T* z, const T* t, int64_t count, T inverse, KlSums<T>& sums) {
   Lanes<T> q, q_hot, p, p_hot, cross, spread;
-  const T base_z = base_of(sums.top_z);
-  const T base_t = base_of(sums.top_t);
+  const T origin_z = origin_of_powers(sums.top_z);
+  const T origin_t = origin_of_powers(sums.top_t);
   const auto add = [&](int64_t i, int k) MLR1_INLINES {
-    const auto terms = kl_terms<kHot, kReverse>(z[i + k], t[i + k], base_z, base_t, inverse);
+    const auto terms = kl_terms<kHot, kReverse>(z[i + k], t[i + k], origin_z, origin_t, inverse);
     q.at[k] += terms.q;
     p.at[k] += terms.p;
     if (kHot) {
@@ -48,10 +48,12 @@ MLR1_INLINE void add_block(const T* z, const T* t, int64_t count, T inverse, KlS
 template <typename T>
 MLR1_INLINE void add_jsd_block(const T* z, const T* t, int64_t count, T between, T lse,
                                const KlObjective<T>& objective, JsdTerms<T>& sums) {
-  const KlObjective<T> own = objective;
+  const KlObjective<T> own = in_own_base(objective);
+  const T own_between = between * to_own_base<T>();
+  const T own_lse = lse * to_own_base<T>();
   Lanes<T> teacher, student;
   const auto add = [&](int64_t i, int k) MLR1_INLINES {
-    const auto terms = jsd_terms(z[i + k], t[i + k], between, lse, own);
+    const auto terms = jsd_terms(z[i + k], t[i + k], own_between, own_lse, own);
     teacher.at[k] += terms.teacher;
     student.at[k] += terms.student;
   };
@@ -64,8 +66,8 @@ template <bool kHot, KlDirection kDirection, typename T>
 MLR1_INLINE void gradient_block(const T* __restrict z, const T* __restrict t,
                                 GradientBlock<T>& __restrict made, int64_t count,
                                 const KlRow<T>& row, const KlObjective<T>& objective) {
-  const KlRow<T> own_row = row;
-  const KlObjective<T> own_objective = objective;
+  const KlRow<T> own_row = in_own_base<kDirection>(row);
+  const KlObjective<T> own_objective = in_own_base(objective);
   const auto write = [&](int64_t i, int k) MLR1_INLINES {
     const auto terms = kl_gradient<kHot, kDirection>(z[i + k], t[i + k], own_row, own_objective);
     made.gradient[i + k] = terms.gradient;
@@ -79,10 +81,11 @@ template <typename T>
 MLR1_INLINE void split_block(const GradientBlock<T>& made, int64_t count, KlSplit<T>& sums) {
   Lanes<T> head, tail, mass;
   const auto add = [&](int64_t i, int k) MLR1_INLINES {
-    const auto split = kl_split(made.p[i + k], made.term[i + k]);
-    head.at[k] += split.head;
-    tail.at[k] += split.tail;
-    mass.at[k] += split.mass;
+    KlSplit<T> split{head.at[k], tail.at[k], mass.at[k]};
+    add_to_kl_split(split, made.p[i + k], made.term[i + k]);
+    head.at[k] = split.head;
+    tail.at[k] = split.tail;
+    mass.at[k] = split.mass;
   };
   MLR1_FOR_LANES(count, add)
   sums.head += head.sum();
@@ -204,7 +207,7 @@ JsdTerms<T> jsd_of_row(const scalar_t* z, const scalar_t* t, int64_t width, T be
     jsd_block(widen(z + begin, count, room_z), widen(t + begin, count, room_t), count, between,
               lse, objective, sums);
   });
-  return sums;
+  return told_jsd_terms(sums);
 }
 
 at::Tensor kl_partials_cpu(const at::Tensor& student, const at::Tensor& teacher,
