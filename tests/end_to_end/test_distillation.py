@@ -29,7 +29,7 @@ LAYOUTS = {
 }
 SLOW = ("data", "pipeline")
 LIMIT = 1e-4
-LIES_AFTER = 40
+LIES_AFTER = 30
 """Answers of a replica before it begins to lie."""
 
 
@@ -190,7 +190,7 @@ def test_a_replica_that_begins_to_lie_is_ejected_while_training_goes_on(
     with pool_of(nursery, tmp_path / "pool", 2, keys=str(keys)) as pool:
         liar = pool.start(keys=str(keys), damage=1e-2, damage_after=LIES_AFTER)
         # One request in one: only then is it certain that no lie is believed.
-        words = ("--teacher-keys", str(keys), "--kd-audit-every", "1")
+        words = ("--teacher-keys", str(keys), "--kd-audit-every", "1", "--kd-lookahead", "1")
         done = distil(save, pool.folder, *words)
     assert done.code == 0, done.output[-3000:]
     assert f"teacher replica {liar} is ejected" in done.output
