@@ -18,6 +18,7 @@ from megatron_mlr1.data.chat import Message
 from megatron_mlr1.data.chat_layouts import LAYOUTS, Record, read_questions
 from megatron_mlr1.data.chat_records import RecordBatch
 from megatron_mlr1.data.chat_template import TokenizedChat, load_chat_tokenizer
+from megatron_mlr1.data.pipeline import signals_later
 from megatron_mlr1.errors import DataError, MachineError
 
 TARGET = np.uint32(1 << 31)
@@ -154,7 +155,8 @@ def encode_in_order(
     under_way: deque[Future[EncodedChats]] = deque()
     try:
         for batch in batches:
-            under_way.append(pool.submit(_encode_in_worker, batch))
+            with signals_later():
+                under_way.append(pool.submit(_encode_in_worker, batch))
             if len(under_way) >= BATCHES_PER_WORKER * workers:
                 yield under_way.popleft().result()
         while under_way:

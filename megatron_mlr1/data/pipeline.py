@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -62,6 +63,30 @@ def run_ahead[T](items: Generator[T], depth: int = 1) -> Generator[T]:
                 thread.join(0.05)
 
 
+@contextmanager
+def signals_later() -> Iterator[None]:
+    """Put SIGINT and SIGTERM off to the end of a block, which their handlers may end by an error.
+
+    A pool of processes must not be left in the middle of a start: Python may wait forever at its
+    end for a thread that nobody knows of, and a process without its orders prints a traceback.
+    """
+    if threading.current_thread() is not threading.main_thread():  # no handler runs here
+        yield
+        return
+    late: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: late.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for heard in late:
+            signal.raise_signal(heard)
+
+
 class WorkerPool:
     """Processes that each load the tokenizer and encode; usable in a `with` statement."""
 
@@ -97,7 +122,8 @@ class WorkerPool:
         Raises:
             BrokenProcessPool: a process died; as `MachineError` where the `with` statement ends.
         """
-        return self._pool.submit(_encode_in_worker, list(texts))
+        with signals_later():
+            return self._pool.submit(_encode_in_worker, list(texts))
 
     def encode_in_order[R](self, batches: Iterator[tuple[R, list[str]]]) -> Iterator[tuple[R, Ids]]:
         """Encode batches of texts, each cut into tasks of about a million characters."""

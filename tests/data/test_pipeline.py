@@ -1,4 +1,5 @@
 import multiprocessing
+import signal
 import threading
 import time
 from collections.abc import Generator, Iterator
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mlr1.data.pipeline import WorkerPool, run_ahead
+from megatron_mlr1.data.pipeline import WorkerPool, run_ahead, signals_later
 from megatron_mlr1.data.tokenizers import TokenizerPlan, load_tokenizer
 from megatron_mlr1.errors import DataError, MachineError
 
@@ -96,3 +97,40 @@ def test_a_dead_worker_ends_the_work() -> None:
 
     with pytest.raises(MachineError, match="worker process died"):
         encode()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_obeyed_behind_the_block_that_puts_it_off(number: signal.Signals) -> None:
+    done = []
+
+    def leave(number: int, frame: object) -> None:
+        raise InterruptedError(number)
+
+    def work() -> None:
+        with signals_later():
+            signal.raise_signal(number)
+            done.append("the rest of the block")
+
+    former = signal.signal(number, leave)
+    try:
+        with pytest.raises(InterruptedError):
+            work()
+        assert signal.getsignal(number) is leave
+        with signals_later():
+            done.append("undisturbed")
+    finally:
+        signal.signal(number, former)
+    assert done == ["the rest of the block", "undisturbed"]
+
+
+def test_a_thread_of_its_own_hears_no_signal_and_puts_off_none() -> None:
+    before, inside = signal.getsignal(signal.SIGTERM), []
+
+    def work() -> None:
+        with signals_later():
+            inside.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert inside == [before]
