@@ -1,4 +1,4 @@
-"""Room on the disk for a checkpoint: how much one takes, and whether it is there."""
+"""Room on the disk for a checkpoint, and what makes room: removing one."""
 
 import os
 import shutil

@@ -104,7 +104,7 @@ class Saving:
         is_kept = folder == Path(self._args.save)
         try:
             if newest == iteration:
-                # Another state of that iteration: what is loaded until the new one is whole?
+                # Another state of that iteration: until it is whole, the one before counts.
                 _name_as_newest(folder, self._standing if is_kept else None)
             if not remove(checkpoint):
                 raise OSError(f"{checkpoint} is there already and cannot be removed")
