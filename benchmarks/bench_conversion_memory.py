@@ -135,7 +135,7 @@ def table(rows: list[Row]) -> str:
         + ".",
         "Peaks count the interpreter, its libraries and mapped files; seconds count imports.",
         "",
-        "Measured by `python benchmarks/bench_conversion_memory.py --save`.",
+        "Measured by `python -m benchmarks.bench_conversion_memory --save`.",
     ]
     return "\n".join(lines) + "\n"
 

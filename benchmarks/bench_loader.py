@@ -323,7 +323,7 @@ def table(options: argparse.Namespace, found: Any, load: float) -> str:
         "`GPTDataset` alone gives samples and no batches; all other rows give batches. Kept apart "
         "means `--document-mask`: positions and bounds of each document.",
         "",
-        "Measured by `python benchmarks/bench_loader.py --save`.",
+        "Measured by `python -m benchmarks.bench_loader --save`.",
     ]
     return "\n".join(lines) + "\n"
 

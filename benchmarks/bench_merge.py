@@ -145,7 +145,7 @@ def table(options: argparse.Namespace, engine: Run, ours: Run, load: float) -> s
         "disk; the engine leaves that to the system. With longer documents both mostly copy "
         "tokens, and the ratio falls.",
         "",
-        "Measured by `python benchmarks/bench_merge.py --save`.",
+        "Measured by `python -m benchmarks.bench_merge --save`.",
     ]
     return "\n".join(lines) + "\n"
 

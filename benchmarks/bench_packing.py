@@ -111,7 +111,7 @@ def main() -> None:
             f"Python {platform.python_version()}, numpy {version('numpy')}. First-fit decreasing "
             "takes time in proportion to chats x packs, so it gets few.",
             "",
-            "Measured by `python benchmarks/bench_packing.py --save`.",
+            "Measured by `python -m benchmarks.bench_packing --save`.",
             "",
         ]
     )

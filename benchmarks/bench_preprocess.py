@@ -267,7 +267,7 @@ def report(options: argparse.Namespace, engine: dict[str, Any], about: Any, foun
         f"{platform.machine()}, {os.cpu_count()} cores; Python {platform.python_version()}, "
         f"{versions}{of_peers}.",
         "",
-        f"Measured by `python benchmarks/bench_preprocess.py {' '.join(words)} --save`.",
+        f"Measured by `python -m benchmarks.bench_preprocess {' '.join(words)} --save`.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -252,7 +252,7 @@ def table(
         f"{platform.python_version()}, torch {version('torch')}, numpy {version('numpy')}, "
         f"megatron-core {version('megatron-core')}.",
         "",
-        f"Measured by `python benchmarks/bench_sampler.py --documents {options.documents} "
+        f"Measured by `python -m benchmarks.bench_sampler --documents {options.documents} "
         f"--repeat {options.repeat} --save`.",
     ]
     return "\n".join(lines) + "\n"

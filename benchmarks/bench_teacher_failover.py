@@ -313,7 +313,7 @@ def table(figures: dict[tuple[str, str], Figures], steps: int, load: float) -> s
         f"{platform.machine()}, {os.cpu_count()} cores, load before the start {load:.1f}; Python "
         f"{platform.python_version()}, pyzmq {version('pyzmq')}.",
         "",
-        "Measured by `python benchmarks/bench_teacher_failover.py --save`.",
+        "Measured by `python -m benchmarks.bench_teacher_failover --save`.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -186,7 +186,7 @@ def table(figures: dict[str, list[Figures]], options: argparse.Namespace, load: 
         f"{platform.python_version()}, pyarrow {version('pyarrow')}, torch {version('torch')}, "
         f"zstandard {version('zstandard')}.",
         "",
-        "Measured by `python benchmarks/bench_teacher_store.py --save`.",
+        "Measured by `python -m benchmarks.bench_teacher_store --save`.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -1,6 +1,7 @@
 """An output folder that appears whole or not at all."""
 
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,7 +55,8 @@ def whole_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
             f"{target} exists and is not empty; the output must be a new folder. Name another one, "
             "or give --overwrite to replace it."
         )
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    # No process's number: two containers that share the disk may have the same.
+    partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -75,7 +77,7 @@ def _is_occupied(target: Path) -> bool:
 
 
 def _put_in_place(partial: Path, target: Path) -> None:
-    former = target.with_name(f".{target.name}.former-{os.getpid()}")
+    former = target.with_name(f".{target.name}.former-{secrets.token_hex(4)}")
     if _is_occupied(target):
         target.rename(former)
     partial.rename(target)

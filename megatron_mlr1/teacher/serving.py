@@ -1,7 +1,7 @@
 """What a supervisor serves and where: devices, addresses, keys, and which of them are refused."""
 
-import os
 import re
+import secrets
 import socket
 from dataclasses import dataclass
 from itertools import combinations
@@ -186,17 +186,18 @@ def addresses(plan: ServePlan) -> list[str]:
     return found
 
 
-def place_of(plan: ServePlan, index: int, starts: int) -> dict[str, Any]:
+def place_of(plan: ServePlan, index: int) -> dict[str, Any]:
     """Give what one replica's process must know, as JSON can hold it.
+
+    Its name is another one each time: a replica that starts again is not the one that ended, and
+    in containers neither the host's name nor the process's number tells two of them apart.
 
     Args:
         plan: of the machine.
         index: which of its devices.
-        starts: how often this place was started before; part of the name, because a replica that
-            starts again is another one.
     """
     return {
-        "name": f"{socket.gethostname()}-{os.getpid()}-{index}-{starts}",
+        "name": f"{socket.gethostname()}-{index}-{secrets.token_hex(4)}",
         "model": str(plan.model),
         "device": plan.devices[index],
         "dtype": plan.dtype,

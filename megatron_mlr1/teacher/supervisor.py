@@ -35,7 +35,6 @@ class Child:
     start_again_at: float = 0.0
     pause_s: float = FIRST_PAUSE_S
     has_served: bool = False
-    starts: int = 0
 
 
 class Supervisor:
@@ -101,7 +100,7 @@ class Supervisor:
         )
 
     def _start(self, child: Child) -> None:
-        place = place_of(self._plan, child.index, child.starts)
+        place = place_of(self._plan, child.index)
         words = [sys.executable, "-m", "megatron_mlr1.teacher.process", json.dumps(place)]
         # The child drains when its standard input ends, so none outlives a killed supervisor.
         child.process = subprocess.Popen(
@@ -113,7 +112,6 @@ class Supervisor:
             start_new_session=True,
         )
         child.started = time.monotonic()
-        child.starts += 1
         reader = threading.Thread(target=self._read, args=(child, child.process), daemon=True)
         reader.start()
 

@@ -62,6 +62,15 @@ def test_what_is_there_is_replaced_only_on_demand(tmp_path: Path, is_file: bool)
     assert names(tmp_path) == ["out/a"]
 
 
+def test_two_that_write_the_same_folder_have_a_place_each(tmp_path: Path) -> None:
+    with whole_folder(tmp_path / "out", overwrite=True) as first:
+        write_text(first / "a", "1")
+        with whole_folder(tmp_path / "out", overwrite=True) as second:
+            write_text(second / "b", "2")
+        assert names(tmp_path / "out") == ["b"]
+    assert names(tmp_path) == ["out/a"]
+
+
 def test_a_disk_that_fails_is_a_checkpoint_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (

@@ -91,7 +91,7 @@ def train(corpora: Corpora) -> Train:
         processes: int = 1,
         stage: str = "pretrain_phase1",
         signal_at: tuple[int, signal.Signals] | None = None,
-        at_step: tuple[int, Callable[[], object]] | None = None,
+        at_step: tuple[int, Callable[["subprocess.Popen[bytes] | Ranks"], object]] | None = None,
         gpu: bool = False,
     ) -> Finished:
         words = ["--model", "tiny", "--stage", stage, "--data-root", str(corpora.root)]
@@ -111,7 +111,7 @@ def train(corpora: Corpora) -> Train:
             process = Ranks(words, log, environment, processes)
         if at_step is not None:
             wait_for(process, save, at_step[0])
-            at_step[1]()
+            at_step[1](process)
         code = process.wait(timeout=900)
         return Finished(code=code, output=log.read_text())
 

@@ -80,7 +80,7 @@ def test_a_served_teacher_one_of_whose_replicas_is_killed_is_bitwise_the_one_in_
     distil, learned, nursery, tmp_path
 ):
     with pool_of(nursery, tmp_path / "pool", 3, delay_s=0.01) as pool:
-        disturbed = (3, lambda: pool.kill("r0"))
+        disturbed = (3, lambda run: pool.kill("r0"))
         done = distil(tmp_path / "save", pool.folder, at_step=disturbed)
     assert done.code == 0, done.output[-3000:]
     rows = record(tmp_path / "save")
@@ -115,7 +115,9 @@ def test_whatever_happens_to_the_pool_losses_and_ledger_are_the_same(
 ):
     save = tmp_path / "save"
     with pool_of(nursery, tmp_path / "pool", 3, delay_s=0.01) as pool:
-        done = distil(save, pool.folder, "--kd-lookahead", "2", at_step=(3, lambda: disturb(pool)))
+        done = distil(
+            save, pool.folder, "--kd-lookahead", "2", at_step=(3, lambda run: disturb(pool))
+        )
     assert done.code == 0, done.output[-3000:]
     assert parts(save) == parts(learned)
     assert ledger(save) == ledger(learned)
@@ -156,7 +158,9 @@ def test_without_teachers_all_ranks_take_one_branch_then_save_and_end(distil, nu
     words += ("--kd-lookahead", "1", "--kd-ce-only-after")
     with pool_of(nursery, pool_folder, 1) as pool:
         alone = (*words, "4", "--kd-hold-limit", "8")
-        done = distil(save, pool.folder, *alone, processes=2, at_step=(2, lambda: pool.kill("r0")))
+        done = distil(
+            save, pool.folder, *alone, processes=2, at_step=(2, lambda run: pool.kill("r0"))
+        )
     assert re.search(r"exitcode +: 75", done.output), done.output[-3000:]
     assert done.output.count("this step goes on without the teacher") == 2
     branches = [json.loads(line)["branch"] for line in ledger(save).splitlines()]

@@ -4,10 +4,7 @@ A limit on the size of files (EFBIG) stands for a full disk (ENOSPC) or a quota 
 system's answer comes at the same places, and nobody needs to be root.
 """
 
-import multiprocessing
 import resource
-
-import pytest
 
 from tests.end_to_end.conftest import FIRST, LAST, exact
 
@@ -16,20 +13,16 @@ LIMIT = 1_000_000
 """Bytes: above the log, the record and TensorBoard's file, below a checkpoint's tensors."""
 
 
-def limit_files_of_last() -> None:
-    """Let the process of the run that was started last write small files alone."""
-    last = max(multiprocessing.active_children(), key=lambda child: child.pid or 0)
-    assert last.pid is not None
-    resource.prlimit(last.pid, resource.RLIMIT_FSIZE, (LIMIT, LIMIT))
+def limit_files_of_last_rank(run):
+    """Let the last rank of the run write small files alone."""
+    resource.prlimit(run.pids[-1], resource.RLIMIT_FSIZE, (LIMIT, LIMIT))
 
 
-@pytest.fixture
-def at_a_full_disk() -> tuple[int, object]:
-    return FIRST + 1, limit_files_of_last
+AT_A_FULL_DISK = FIRST + 1, limit_files_of_last_rank
 
 
 def test_the_last_whole_checkpoint_stays_and_the_run_goes_on_from_it_bitwise(
-    train, single, from_step_five, at_a_full_disk
+    train, single, from_step_five
 ):
     save = from_step_five("save")
     left_over = save / f"iter_{LAST:07d}"
@@ -37,7 +30,7 @@ def test_the_last_whole_checkpoint_stays_and_the_run_goes_on_from_it_bitwise(
     (left_over / "__7_0.distcp").write_bytes(b"of a run that was killed while it saved")
     words = ("--save-interval", "30")
 
-    ended = train(save, *words, at_step=at_a_full_disk)
+    ended = train(save, *words, at_step=AT_A_FULL_DISK)
     assert ended.output.count("\nerror: ") == 1, ended.output[-3000:]
     assert f"iter_{LAST:07d} could not be written: [Errno 27] File too large" in ended.output
     assert "is removed; the last whole checkpoint is iter_0000005" in ended.output
@@ -58,11 +51,9 @@ def test_the_last_whole_checkpoint_stays_and_the_run_goes_on_from_it_bitwise(
     assert {path: path.stat().st_mtime_ns for path in left_over.iterdir()} == saved
 
 
-def test_all_processes_end_alike_where_one_of_them_cannot_write(
-    train, from_step_five, at_a_full_disk
-):
+def test_all_processes_end_alike_where_one_of_them_cannot_write(train, from_step_five):
     save = from_step_five("save")
-    ended = train(save, "--save-interval", "20", processes=2, at_step=at_a_full_disk)
+    ended = train(save, "--save-interval", "20", processes=2, at_step=AT_A_FULL_DISK)
     assert ended.output.count("\nerror: ") == 1, ended.output[-3000:]
     assert "File too large (rank 1). What was written of it is removed" in ended.output
     assert "[rank 0] exitcode : 2\n[rank 1] exitcode : 2" in ended.output

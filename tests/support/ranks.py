@@ -62,6 +62,11 @@ class Ranks:
             process.start()
             self._ranks.append(process)
 
+    @property
+    def pids(self) -> list[int]:
+        """The processes' numbers, by rank."""
+        return [rank.pid for rank in self._ranks if rank.pid is not None]
+
     def poll(self) -> int | None:
         """Tell the exit code of the run, None as long as it goes on."""
         codes = [rank.exitcode for rank in self._ranks]

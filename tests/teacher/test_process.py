@@ -30,7 +30,7 @@ def start(teacher_folder, tmp_path, pytestconfig):
                 sys.executable,
                 "-m",
                 "megatron_mlr1.teacher.process",
-                json.dumps(place_of(plan, 0, 0)),
+                json.dumps(place_of(plan, 0)),
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

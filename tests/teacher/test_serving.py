@@ -147,15 +147,15 @@ def test_keys_are_looked_at_before_anything_starts(tmp_path):
 
 def test_a_replica_that_starts_again_has_another_name(tmp_path):
     served = plan(tmp_path, **LOCAL)
-    assert place_of(served, 0, 0)["name"] != place_of(served, 0, 1)["name"]
+    assert place_of(served, 0)["name"] != place_of(served, 0)["name"]
 
 
 @pytest.mark.parametrize("text", [None, "rows.txt"])
 def test_the_gate_of_fp8_comes_to_the_replica_as_it_was(tmp_path, text):
     gate = Gate(max_kl=0.01, min_agreement=0.9, text=None if text is None else tmp_path / text)
-    place = json.loads(json.dumps(place_of(plan(tmp_path, fp8=gate, **LOCAL), 0, 0)))
+    place = json.loads(json.dumps(place_of(plan(tmp_path, fp8=gate, **LOCAL), 0)))
     assert read_gate(place["fp8"]) == gate
-    assert place_of(plan(tmp_path, **LOCAL), 0, 0)["fp8"] is None
+    assert place_of(plan(tmp_path, **LOCAL), 0)["fp8"] is None
 
 
 def test_fp8_gives_bfloat16_alone(tmp_path):
