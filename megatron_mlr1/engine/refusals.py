@@ -5,8 +5,10 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
+from megatron_mlr1.checkpoint.architecture import check_fields
+from megatron_mlr1.checkpoint.megatron import REQUIRED
 from megatron_mlr1.engine.start import without
-from megatron_mlr1.errors import ConfigError, MachineError
+from megatron_mlr1.errors import CheckpointError, ConfigError, MachineError
 from megatron_mlr1.model.precision import transformer_engine_version
 
 INSTEAD: Mapping[str, str] = MappingProxyType(
@@ -15,6 +17,15 @@ INSTEAD: Mapping[str, str] = MappingProxyType(
         "it out; --mlr1-kernels chooses the implementations.",
         "--yaml-cfg": "takes the place of all flags, the recipe's too. Leave it out, and give "
         "your own numbers by --recipe FILE (docs/recipe.md).",
+        "--rampup-batch-size": "does nothing in Megatron-Core 0.19. Give "
+        "--step-batch-size-schedule 'TOKENS:BATCH TOKENS:BATCH ...' with --train-samples and "
+        "--lr-warmup-samples.",
+        "--sft": "is of the engine's own script for chats. Leave it out; the stages sft_general "
+        "and sft_reasoning train on packs of chats (docs/finetuning.md).",
+        "--adlr-autoresume": "asks a package of NVIDIA's own clusters, and without it the engine "
+        "ends before the first step, with status 0. Leave it out; the same command goes on from "
+        "the last checkpoint.",
+        "--init-model-with-meta-device": "leaves the weights without values. Leave it out.",
         "--config-logger-dir": "cannot write the model's settings in Megatron-Core 0.19 (they hold "
         "process groups). Leave it out; run.json in the folder of --save has all flags.",
         "--inprocess-restart": "is of the engine's own scripts, and this program has no part in "
@@ -35,6 +46,11 @@ def refuse_words(words: Sequence[str]) -> None:
     for flag, why in INSTEAD.items():
         if any(word.split("=")[0] == flag for word in words):
             raise ConfigError(f"{flag} {why}")
+    if without(words, "--attention-backend")[1] == "local":
+        raise ConfigError(
+            "--attention-backend local asks for layers that --spec names, and this program brings "
+            "its own. Leave it out: without Transformer Engine attention is torch's."
+        )
     if not without(words, "--wandb-project")[1]:
         return
     if not without(words, "--wandb-exp-name")[1]:
@@ -62,11 +78,19 @@ def refuse_args(args: Namespace, words: Sequence[str], *, in_cpu_mode: bool) -> 
         ConfigError: a flag that cannot do here what it says.
         MachineError: a package is missing.
     """
+    _refuse_another_architecture(args)
     ffn, tensor = args.ffn_hidden_size, args.tensor_model_parallel_size
     if ffn % tensor:
         raise ConfigError(
             f"--tensor-model-parallel-size {tensor} does not divide the FFN's width of {ffn}. "
             "docs/training.md lists the sizes that fit each model."
+        )
+    if args.seed < 1:
+        raise ConfigError(f"--seed is {args.seed}; it must be 1 or more.")
+    if args.optimizer == "sgd" and args.use_distributed_optimizer:
+        raise ConfigError(
+            "--optimizer sgd has no state that --use-distributed-optimizer could share out. Leave "
+            "one of the two out."
         )
     if in_cpu_mode:
         _refuse_what_asks_a_gpu(args, words)
@@ -85,6 +109,14 @@ def refuse_args(args: Namespace, words: Sequence[str], *, in_cpu_mode: bool) -> 
             "Install it (pip install nvidia-resiliency-ext), or give --async-strategy mcore for "
             "the engine's own writer."
         )
+
+
+def _refuse_another_architecture(args: Namespace) -> None:
+    """Refuse before the training what would be refused after it, by the conversion."""
+    try:
+        check_fields(vars(args), REQUIRED, where="this run")
+    except CheckpointError as error:
+        raise ConfigError(f"{error} Leave out the flag that changes it.") from error
 
 
 def _refuse_what_asks_a_gpu(args: Namespace, words: Sequence[str]) -> None:

@@ -34,13 +34,6 @@ the published layout know them. What follows them would ask for other layers tha
 gives: they would be built as ever, and the flag would do nothing.
 """
 
-UNKNOWN_TO_TORCH: dict[str, object] = {
-    "window_size": None,
-    "softmax_type": "vanilla",
-    "layernorm_zero_centered_gamma": False,
-}
-"""What Transformer Engine's attention and norms know and ours, which are torch's, do not."""
-
 
 def finish(config: TransformerConfig) -> TransformerConfig:
     """Check that a configuration is a MobileLLM-R1's, and set what no flag can set.
@@ -50,8 +43,7 @@ def finish(config: TransformerConfig) -> TransformerConfig:
     would.
 
     Raises:
-        ConfigError: a value that the architecture fixes is another one, or the layers do not know
-            one.
+        ConfigError: a value that the architecture fixes is another one.
     """
     for name, value in REQUIRED.items():
         if getattr(config, name) != value:
@@ -59,8 +51,6 @@ def finish(config: TransformerConfig) -> TransformerConfig:
                 f"{name} is {_text(getattr(config, name))}; a MobileLLM-R1 has {_text(value)}. "
                 "Take out the flag that changes it, or name the model with --model, which sets it."
             )
-    if config.transformer_impl != "transformer_engine":
-        _refuse_unknown_to_torch(config)
     if config.num_attention_heads % config.num_query_groups:
         raise ConfigError(
             f"{config.num_attention_heads} attention heads do not split over "
@@ -77,17 +67,6 @@ def finish(config: TransformerConfig) -> TransformerConfig:
 def _text(value: object) -> str:
     """Write a value for a person: a function by its name alone."""
     return str(getattr(value, "__name__", repr(value)))
-
-
-def _refuse_unknown_to_torch(config: TransformerConfig) -> None:
-    for name, value in UNKNOWN_TO_TORCH.items():
-        if getattr(config, name) != value:
-            raise ConfigError(
-                f"{name} is {getattr(config, name)!r}, and the layers of --transformer-impl "
-                f"{config.transformer_impl} know {value!r} alone. Take out the flag that changes "
-                "it, or install Transformer Engine (pip install --no-build-isolation '.[fp8]') and "
-                "set --transformer-impl transformer_engine."
-            )
 
 
 def transformer_config(shape: ModelShape, *, norm_epsilon: float) -> TransformerConfig:

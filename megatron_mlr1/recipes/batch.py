@@ -1,6 +1,8 @@
 """Which micro batch keeps the global batch what the recipe says, on any number of devices."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import gcd
 
 from megatron_mlr1.errors import ConfigError
 
@@ -60,9 +62,37 @@ def largest_micro_batch(global_batch: int, bound: int, layout: Layout) -> int:
             f"A global batch of {global_batch} sequences does not split over "
             f"{layout.data_parallel} copies of the model ({layout.world_size} processes, "
             f"{layout.model_parallel} to a copy). Start {near} "
-            "processes, or give another --global-batch-size, which changes the recipe."
+            "processes, or give another global batch, which changes the recipe."
         )
     return next(size for size in range(min(bound, share), 0, -1) if share % size == 0)
+
+
+def scheduled_batches(schedule: str) -> tuple[int, ...]:
+    """Read the global batches of `--step-batch-size-schedule`, `THRESHOLD:BATCH ...`.
+
+    What the engine's parser takes for none is left out: it refuses the whole with its reason.
+    """
+    factors = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+    batches = []
+    for entry in schedule.upper().replace(",", " ").split():
+        text = entry.partition(":")[2]
+        try:
+            number = float(text.rstrip("KMBT")) * factors.get(text[-1:], 1)
+            batches.append(int(number))
+        except (ValueError, OverflowError):
+            continue
+    return tuple(batch for batch in batches if batch > 0)
+
+
+def fitting_micro_batch(batches: Sequence[int], bound: int, layout: Layout) -> int:
+    """Find the largest micro batch up to `bound` that makes up every one of several global batches.
+
+    Raises:
+        ConfigError: as `largest_micro_batch`.
+    """
+    for batch in batches:
+        largest_micro_batch(batch, bound, layout)
+    return largest_micro_batch(gcd(*batches), bound, layout)
 
 
 def refuse_misfit(global_batch: int, micro_batch: int, layout: Layout) -> None:

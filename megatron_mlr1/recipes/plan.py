@@ -11,7 +11,12 @@ from types import MappingProxyType
 from megatron_mlr1.errors import ConfigError
 from megatron_mlr1.options import Mlr1Options, choose, split_words
 from megatron_mlr1.recipes import sheet as sheets
-from megatron_mlr1.recipes.batch import Layout, largest_micro_batch, refuse_misfit
+from megatron_mlr1.recipes.batch import (
+    Layout,
+    fitting_micro_batch,
+    refuse_misfit,
+    scheduled_batches,
+)
 from megatron_mlr1.recipes.data_flags import DATA_FLAGS, SPLIT_PATHS, refuse_the_others_flags
 from megatron_mlr1.recipes.sheet import Flag, Mixture, Sheet
 
@@ -119,6 +124,7 @@ def expand(words: Sequence[str], world_size: int) -> Plan:
     final = merge([merged.values(), user])
     kept = {name: flag for name, flag in merged.items() if final.get(name) is flag}
     kept = _fit_batch(kept, final, world_size)
+    _refuse_mixed_counts(final)
     _refuse_long_warmup(final)
     mixture = _mixture(options, recipe.mixture or stage.mixture, final)
     dataset = "megatron" if "mock-data" in final else options.dataset
@@ -216,20 +222,46 @@ def _fit_batch(
         world_size=world_size,
         model_parallel=prod(_number(final, name) or 1 for name in PARALLEL_FLAGS),
     )
-    global_batch = _number(final, "global-batch-size")
+    batches = _global_batches(final)
     micro_batch = _number(final, "micro-batch-size")
-    if global_batch is None or micro_batch is None:
+    if not batches or micro_batch is None:
         return kept
     bound = kept.get("micro-batch-size")
     if bound is None:
-        refuse_misfit(global_batch, micro_batch, layout)
+        for batch in batches:
+            refuse_misfit(batch, micro_batch, layout)
         return kept
-    fitted = largest_micro_batch(global_batch, micro_batch, layout)
+    fitted = fitting_micro_batch(batches, micro_batch, layout)
     if fitted == micro_batch:
         return kept
     source = f"the largest up to {micro_batch} that {layout.data_parallel} copies can use"
     flag = replace(bound, values=(str(fitted),), source=f"{source}; {bound.source}")
     return kept | {flag.name: flag}
+
+
+def _global_batches(flags: Mapping[str, Flag]) -> tuple[int, ...]:
+    schedule = flags.get("step-batch-size-schedule")
+    if schedule is not None:
+        return scheduled_batches(" ".join(schedule.values))
+    number = _number(flags, "global-batch-size")
+    return () if number is None else (number,)
+
+
+def _refuse_mixed_counts(flags: Mapping[str, Flag]) -> None:
+    """Refuse a run that is counted in samples and in iterations.
+
+    The engine reckons iterations of a batch-size schedule as if each had one micro batch for each
+    copy of the model, so learning rate and data would end too early.
+    """
+    counter = next((n for n in ("step-batch-size-schedule", "train-samples") if n in flags), None)
+    mixed = [n for n in ("train-iters", "lr-warmup-iters", "lr-decay-iters") if n in flags]
+    if counter is not None and mixed:
+        given = " and ".join(f"--{n} {flags[n].values[0]} ({flags[n].source})" for n in mixed)
+        raise ConfigError(
+            f"--{counter} counts a run in samples, and {given} in iterations. Give "
+            f"{' and '.join('--' + n.replace('iters', 'samples') for n in mixed)} instead: "
+            "iterations times the global batch that they were meant for."
+        )
 
 
 def _refuse_long_warmup(flags: Mapping[str, Flag]) -> None:

@@ -169,10 +169,15 @@ BAD = {
     "layers of another model": ((*MOCK, "--spec", "megatron.core", "layers"), "Leave it out"),
     "a flag that the engine refuses": ((*MOCK, "--seq-length", "9999"), "max_position_embeddings"),
     "weights that only their own layer sees": (
-        (*MOCK, "--use-torch-fsdp2", "--untie-embeddings-and-output-weights"),
+        (*MOCK, "--use-megatron-fsdp", "--ckpt-format", "fsdp_dtensor"),
         "linear_cross_entropy=mlr1: they make the head's weight whole",
     ),
-    "a window that torch's attention does not know": ((*MOCK, "--window-size", "8,0"), "window"),
+    "a head of its own": (
+        (*MOCK, "--untie-embeddings-and-output-weights"),
+        "untie_embeddings_and_output_weights is True; a MobileLLM-R1 has False",
+    ),
+    "a window": ((*MOCK, "--window-size", "8,0"), "window_size is (8, 0)"),
+    "an end before the begin": ((*MOCK, "--adlr-autoresume"), "ends before the first step"),
     "heads that do not split": (
         (*MOCK, "--num-query-groups", "3"),
         "4 attention heads do not split",

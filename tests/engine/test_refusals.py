@@ -11,6 +11,7 @@ from megatron_mlr1.errors import ConfigError, MachineError
 
 cpu.activate()
 
+from megatron_mlr1.checkpoint.megatron import FIXED  # noqa: E402
 from megatron_mlr1.engine.refusals import missing, refuse_args, refuse_words  # noqa: E402
 
 
@@ -20,7 +21,8 @@ def args_of(**other: Any) -> Namespace:
     fields |= {"transformer_impl": "local", "save_dgrads_interval": None}
     fields |= {"use_precision_aware_optimizer": False, "async_strategy": "mcore"}
     fields |= {"async_save": True, "ffn_hidden_size": 4096, "tensor_model_parallel_size": 1}
-    return Namespace(**(fields | other))
+    fields |= {"seed": 1, "optimizer": "adam", "use_distributed_optimizer": True}
+    return Namespace(**(fields | FIXED | other))
 
 
 def test_tensor_parallelism_divides_the_ffn():
@@ -41,6 +43,39 @@ def test_a_writer_that_is_not_installed_is_named():
         pytest.skip("nvidia-resiliency-ext is installed")
     with pytest.raises(MachineError, match="pip install nvidia-resiliency-ext"):
         refuse_args(args_of(async_strategy="nvrx"), ("--async-save",), in_cpu_mode=False)
+
+
+def test_a_flag_that_does_nothing_is_refused_with_the_one_that_does():
+    for words in (("--rampup-batch-size", "8", "8", "64"), ("--rampup-batch-size=8", "8", "64")):
+        with pytest.raises(ConfigError, match=r"does nothing.*--step-batch-size-schedule"):
+            refuse_words(words)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"untie_embeddings_and_output_weights": True}, "has False.*Leave out the flag"),
+        ({"window_size": (8, 0)}, "window_size is"),
+        ({"no_rope_freq": 4}, "no_rope_freq is 4"),
+        ({"seed": 0}, "--seed is 0"),
+        ({"optimizer": "sgd"}, "Leave one of the two out"),
+    ],
+    ids=str,
+)
+def test_what_would_end_in_a_trace_or_could_not_be_converted_is_refused(other, message):
+    with pytest.raises(ConfigError, match=message):
+        refuse_args(args_of(**other), (), in_cpu_mode=False)
+
+
+def test_sgd_goes_without_the_distributed_optimizer():
+    args = args_of(optimizer="sgd", use_distributed_optimizer=False)
+    refuse_args(args, (), in_cpu_mode=False)
+
+
+def test_layers_that_only_a_spec_names_are_refused():
+    with pytest.raises(ConfigError, match="attention is torch's"):
+        refuse_words(("--attention-backend", "local"))
+    refuse_words(("--attention-backend", "flash"))
 
 
 def test_weights_and_biases_needs_a_name_and_its_package():

@@ -241,20 +241,3 @@ def test_another_architecture_is_refused(name, value):
     setattr(config, name, value)
     with pytest.raises(ConfigError, match=name):
         finish(config)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("window_size", (8, 0)),
-        ("softmax_type", "off-by-one"),
-        ("layernorm_zero_centered_gamma", True),
-    ],
-)
-def test_what_torchs_layers_do_not_know_is_refused_with_them_alone(name, value):
-    config = transformer_config(SHAPE, norm_epsilon=1e-5)
-    setattr(config, name, value)
-    with pytest.raises(ConfigError, match=f"{name} is .* --transformer-impl local"):
-        finish(config)
-    config.transformer_impl = "transformer_engine"
-    finish(config)

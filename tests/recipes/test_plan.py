@@ -14,6 +14,7 @@ STAGES = names("stages")
 PAPER_BATCH = {"pretrain": 2048, "midtrain": 512}
 PAPER_STAGES = [stage for stage in STAGES if not stage.startswith("sft")]
 """The stages whose batch is the paper's own; those of chats count packs."""
+IN_SAMPLES = ("--train-samples", "10", "--lr-warmup-samples", "1")
 
 
 def plan(*words: str, world_size: int = 1) -> Plan:
@@ -82,10 +83,10 @@ def test_the_flags_are_the_words() -> None:
     ("words", "gone"),
     [
         (("--fp16",), "bf16"),
-        (("--train-samples", "10", "--lr-warmup-samples", "1"), "train-iters"),
+        (IN_SAMPLES, "train-iters"),
         (("--lr-warmup-fraction", "0.01"), "lr-warmup-iters"),
         (("--lr-warmup-samples", "100"), "lr-warmup-iters"),
-        (("--step-batch-size-schedule", "0:16"), "global-batch-size"),
+        (("--step-batch-size-schedule", "0:16", *IN_SAMPLES), "global-batch-size"),
         (("--vocab-size", "1000"), "padded-vocab-size"),
         (("--train-data-path", "a", "--valid-data-path", "b"), "split"),
         (("--without", "bf16"), "bf16"),
@@ -166,6 +167,11 @@ def test_our_own_flags_do_not_belong_in_a_recipe(tmp_path: Path) -> None:
         ("--model tiny --stage pretrain_phase1 --train-iters 10", "warm-up must be shorter"),
         ("--model tiny --stage pretrain_phase1 --micro-batch-size 5", "Give 4"),
         ("--model tiny --stage pretrain_phase1 --global-batch-size x", "one whole number"),
+        ("--model tiny --stage pretrain_phase1 --train-samples 9", "Give --lr-warmup-samples"),
+        (
+            "--model tiny --stage pretrain_phase1 --step-batch-size-schedule 0:8",
+            "--train-iters 300 .* and --lr-warmup-iters 20 .* Give --train-samples and",
+        ),
         ("--model tiny --stage pretrain_phase1 --mixture pretrain_phase1 --mock-data", "only one"),
     ],
 )
@@ -193,6 +199,21 @@ def test_a_users_own_micro_batch_and_global_batch_win() -> None:
     assert values(plan("--micro-batch-size", "2"))["micro-batch-size"] == "2"
     flags = values(plan("--global-batch-size", "6", world_size=2))
     assert (flags["global-batch-size"], flags["micro-batch-size"]) == ("6", "3")
+
+
+def test_the_micro_batch_makes_up_every_batch_of_a_schedule() -> None:
+    scheduled = (*IN_SAMPLES, "--step-batch-size-schedule", "0:24 1B:48,2b:1K")
+    assert values(plan(*scheduled, world_size=2))["micro-batch-size"] == "4"
+    plan(*scheduled, "--micro-batch-size", "2", world_size=2)
+    with pytest.raises(ConfigError, match=r"global batch of 1000 sequences\. Give 5"):
+        plan(*scheduled, "--micro-batch-size", "6", world_size=2)
+    with pytest.raises(ConfigError, match=r"A global batch of 24 .*Start 12 or 24 processes"):
+        plan(*scheduled, world_size=16)
+
+
+@pytest.mark.parametrize("schedule", ["", "8", "0:x", "0:0", "0:K", "0:inf"])
+def test_a_schedule_that_is_none_is_left_for_the_engine_to_refuse(schedule: str) -> None:
+    assert values(plan(*IN_SAMPLES, "--step-batch-size-schedule", schedule))
 
 
 def test_a_users_own_data_leaves_no_mixture_to_read() -> None:
