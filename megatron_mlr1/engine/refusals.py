@@ -2,7 +2,8 @@
 
 import importlib.util
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import MappingProxyType
 
 from megatron_mlr1.checkpoint.architecture import check_fields
@@ -26,6 +27,10 @@ INSTEAD: Mapping[str, str] = MappingProxyType(
         "ends before the first step, with status 0. Leave it out; the same command goes on from "
         "the last checkpoint.",
         "--init-model-with-meta-device": "leaves the weights without values. Leave it out.",
+        "--no-initialization": "leaves weights as the memory was wherever no checkpoint gives "
+        "them, and saves moments at these sizes. Leave it out.",
+        "--init-method-xavier-uniform": "is not taken by the configuration of Megatron-Core 0.19. "
+        "Leave it out; weights start from N(0, --init-method-std).",
         "--config-logger-dir": "cannot write the model's settings in Megatron-Core 0.19 (they hold "
         "process groups). Leave it out; run.json in the folder of --save has all flags.",
         "--inprocess-restart": "is of the engine's own scripts, and this program has no part in "
@@ -66,6 +71,26 @@ def refuse_words(words: Sequence[str]) -> None:
         )
 
 
+@contextmanager
+def in_words() -> Iterator[None]:
+    """Make what the engine refuses, as it reads its flags, one error.
+
+    Raises:
+        ConfigError: an assertion or error of the engine's.
+        MachineError: a package is missing.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise missing(error) from error
+    except (AssertionError, ValueError, RuntimeError) as error:
+        reason = str(error).rstrip(". ") or "an assertion without a message"
+        raise ConfigError(
+            f"Megatron-Core refuses these flags: {reason}. Change the flag that it names; `--help` "
+            "lists them all."
+        ) from error
+
+
 def refuse_args(args: Namespace, words: Sequence[str], *, in_cpu_mode: bool) -> None:
     """Refuse what the engine's own checks let through.
 
@@ -87,10 +112,10 @@ def refuse_args(args: Namespace, words: Sequence[str], *, in_cpu_mode: bool) -> 
         )
     if args.seed < 1:
         raise ConfigError(f"--seed is {args.seed}; it must be 1 or more.")
-    if args.optimizer == "sgd" and args.use_distributed_optimizer:
+    if args.optimizer == "sgd":
         raise ConfigError(
-            "--optimizer sgd has no state that --use-distributed-optimizer could share out. Leave "
-            "one of the two out."
+            "--optimizer sgd cannot be shared out over processes by Megatron-Core 0.19, nor go on "
+            "from its own checkpoint. Leave it out; adam is the recipes'."
         )
     if in_cpu_mode:
         _refuse_what_asks_a_gpu(args, words)
@@ -129,6 +154,8 @@ def _refuse_what_asks_a_gpu(args: Namespace, words: Sequence[str]) -> None:
         why = "--profile without --use-pytorch-profiler speaks to a GPU's profiler"
     elif args.record_memory_history:
         why = "--record-memory-history records the memory of a GPU"
+    elif args.use_megatron_fsdp:
+        why = "--use-megatron-fsdp reduces gradients as only a GPU's NCCL can"
     elif args.log_straggler:
         why = "--log-straggler compares clocks and temperatures of GPUs"
     elif "--async-save" in words:

@@ -190,17 +190,9 @@ def _configure(words: Sequence[str]) -> tuple[Namespace, GPTModelConfig]:
     """Have the engine parse and judge the words, and turn its refusals into ours."""
     refusals.refuse_words(words)
     sys.argv = [sys.argv[0], *words]
-    try:
+    with refusals.in_words():
         args = parse_and_validate_args(extra_args_provider=add_mlr1_arguments)
         model = gpt_config_from_args(args)
-    except ImportError as error:
-        raise refusals.missing(error) from error
-    except (AssertionError, ValueError, RuntimeError) as error:
-        reason = str(error).rstrip(". ") or "an assertion without a message"
-        raise ConfigError(
-            f"Megatron-Core refuses these flags: {reason}. Change the flag that it names; `--help` "
-            "lists them all."
-        ) from error
     refusals.refuse_args(args, words, in_cpu_mode=cpu.is_active())
     finish(model.transformer)
     if args.dataloader_inter_document_masking:
@@ -237,13 +229,15 @@ def _train(
     model.transformer_layer_spec = partial(_layers, kernels=layers)
     peak = machine.peak_tflops(options.peak_tflops)
     shape = shape_of(args)
+    with refusals.in_words():
+        config = pretrain_cfg_container_from_args(args, model)
     Saving(args, shape.num_parameters()).install()
     Metrics(args, shape, datasets, peak, distilling).install()
     if distilling is not None:
         distilling.install()
     try:
         pretrain(
-            pretrain_cfg_container_from_args(args, model),
+            config,
             datasets,
             ModelType.encoder_or_decoder,
             ForwardStep(args, kernels, distilling, foresees=foresees_backward(args)),

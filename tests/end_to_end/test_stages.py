@@ -168,13 +168,17 @@ BAD = {
     "a word without its flag": ((*MOCK, "--lr", "1", "2"), "2: no flag before it"),
     "layers of another model": ((*MOCK, "--spec", "megatron.core", "layers"), "Leave it out"),
     "a flag that the engine refuses": ((*MOCK, "--seq-length", "9999"), "max_position_embeddings"),
-    "weights that only their own layer sees": (
+    "gradients that only NCCL adds": (
         (*MOCK, "--use-megatron-fsdp", "--ckpt-format", "fsdp_dtensor"),
-        "linear_cross_entropy=mlr1: they make the head's weight whole",
+        "--use-megatron-fsdp reduces gradients",
     ),
     "a head of its own": (
         (*MOCK, "--untie-embeddings-and-output-weights"),
         "untie_embeddings_and_output_weights is True; a MobileLLM-R1 has False",
+    ),
+    "an optimizer's precision": (
+        (*MOCK, "--main-grads-dtype", "bf16"),
+        "main_grads_dtype can only be fp32 when not using precision-aware optimizer",
     ),
     "a window": ((*MOCK, "--window-size", "8,0"), "window_size is (8, 0)"),
     "an end before the begin": ((*MOCK, "--adlr-autoresume"), "ends before the first step"),

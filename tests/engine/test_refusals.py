@@ -21,7 +21,8 @@ def args_of(**other: Any) -> Namespace:
     fields |= {"transformer_impl": "local", "save_dgrads_interval": None}
     fields |= {"use_precision_aware_optimizer": False, "async_strategy": "mcore"}
     fields |= {"async_save": True, "ffn_hidden_size": 4096, "tensor_model_parallel_size": 1}
-    fields |= {"seed": 1, "optimizer": "adam", "use_distributed_optimizer": True}
+    fields |= {"use_megatron_fsdp": False}
+    fields |= {"seed": 1, "optimizer": "adam"}
     return Namespace(**(fields | FIXED | other))
 
 
@@ -58,18 +59,13 @@ def test_a_flag_that_does_nothing_is_refused_with_the_one_that_does():
         ({"window_size": (8, 0)}, "window_size is"),
         ({"no_rope_freq": 4}, "no_rope_freq is 4"),
         ({"seed": 0}, "--seed is 0"),
-        ({"optimizer": "sgd"}, "Leave one of the two out"),
+        ({"optimizer": "sgd"}, "adam is the recipes"),
     ],
     ids=str,
 )
 def test_what_would_end_in_a_trace_or_could_not_be_converted_is_refused(other, message):
     with pytest.raises(ConfigError, match=message):
         refuse_args(args_of(**other), (), in_cpu_mode=False)
-
-
-def test_sgd_goes_without_the_distributed_optimizer():
-    args = args_of(optimizer="sgd", use_distributed_optimizer=False)
-    refuse_args(args, (), in_cpu_mode=False)
 
 
 def test_layers_that_only_a_spec_names_are_refused():
