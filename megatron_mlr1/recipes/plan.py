@@ -43,6 +43,9 @@ DISPLACES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """Flags that a flag of a higher layer replaces, because the engine refuses or ignores the pair."""
 
+IN_ITERATIONS = ("train-iters", "lr-warmup-iters", "lr-decay-iters", "lr-wsd-decay-iters")
+"""Flags that count iterations; each has a sister that counts samples."""
+
 NEEDS: Mapping[str, str] = MappingProxyType(
     {
         "teacher": "distils a teacher's distribution, and --teacher is missing. Serve one with "
@@ -254,11 +257,11 @@ def _refuse_mixed_counts(flags: Mapping[str, Flag]) -> None:
     copy of the model, so learning rate and data would end too early.
     """
     counter = next((n for n in ("step-batch-size-schedule", "train-samples") if n in flags), None)
-    mixed = [n for n in ("train-iters", "lr-warmup-iters", "lr-decay-iters") if n in flags]
+    mixed = [name for name in IN_ITERATIONS if name in flags]
     if counter is not None and mixed:
-        given = " and ".join(f"--{n} {flags[n].values[0]} ({flags[n].source})" for n in mixed)
+        given = (f"{' '.join(flags[n].words)} ({flags[n].source})" for n in mixed)
         raise ConfigError(
-            f"--{counter} counts a run in samples, and {given} in iterations. Give "
+            f"--{counter} counts a run in samples, and {' and '.join(given)} in iterations. Give "
             f"{' and '.join('--' + n.replace('iters', 'samples') for n in mixed)} instead: "
             "iterations times the global batch that they were meant for."
         )

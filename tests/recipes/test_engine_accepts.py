@@ -7,7 +7,7 @@ import pytest
 
 from megatron_mlr1.options import add_mlr1_arguments
 from megatron_mlr1.recipes import expand
-from megatron_mlr1.recipes.plan import DATA_FLAGS, DISPLACES, PARALLEL_FLAGS
+from megatron_mlr1.recipes.plan import DATA_FLAGS, DISPLACES, IN_ITERATIONS, PARALLEL_FLAGS
 from megatron_mlr1.recipes.sheet import names
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -54,6 +54,7 @@ def engine_names(parser: ArgumentParser) -> set[str]:
 
 
 def test_every_flag_that_we_know_by_name_is_the_engines(parser: ArgumentParser) -> None:
-    known = {*DATA_FLAGS, *PARALLEL_FLAGS, *DISPLACES}
+    known = {*DATA_FLAGS, *PARALLEL_FLAGS, *DISPLACES, *IN_ITERATIONS}
+    known |= {name.replace("iters", "samples") for name in IN_ITERATIONS}
     known |= {rival for rivals in DISPLACES.values() for rival in rivals}
     assert {f"--{name}" for name in known} - flags_of(parser) == set()

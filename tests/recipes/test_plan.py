@@ -169,6 +169,11 @@ def test_our_own_flags_do_not_belong_in_a_recipe(tmp_path: Path) -> None:
         ("--model tiny --stage pretrain_phase1 --global-batch-size x", "one whole number"),
         ("--model tiny --stage pretrain_phase1 --train-samples 9", "Give --lr-warmup-samples"),
         (
+            "--model tiny --stage pretrain_phase1 --train-samples 9 --lr-warmup-samples 1 "
+            "--lr-wsd-decay-iters",
+            "Give --lr-wsd-decay-samples",
+        ),
+        (
             "--model tiny --stage pretrain_phase1 --step-batch-size-schedule 0:8",
             "--train-iters 300 .* and --lr-warmup-iters 20 .* Give --train-samples and",
         ),
