@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,13 +90,14 @@ def train(corpora: Corpora) -> Train:
         *more: str,
         processes: int = 1,
         stage: str = "pretrain_phase1",
+        length: Sequence[str] = ("--train-iters", str(LAST), "--lr-warmup-iters", "4"),
         signal_at: tuple[int, signal.Signals] | None = None,
         at_step: tuple[int, Callable[["subprocess.Popen[bytes] | Ranks"], object]] | None = None,
         gpu: bool = False,
     ) -> Finished:
         words = ["--model", "tiny", "--stage", stage, "--data-root", str(corpora.root)]
         words += ["--mixture", str(corpora.mixture), "--save", str(save), "--seq-length", "64"]
-        words += ["--train-iters", str(LAST), "--lr-warmup-iters", "4", "--eval-iters", "0"]
+        words += [*length, "--eval-iters", "0"]
         words += ["--log-interval", "5", "--use-distributed-optimizer", *more]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         if not gpu:

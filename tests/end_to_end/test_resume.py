@@ -3,7 +3,7 @@
 import re
 import signal
 
-from tests.end_to_end.conftest import LAST, exact, record
+from tests.end_to_end.conftest import LAST, checkpoint_of, exact, record
 
 REAL = ("--bf16", "--overlap-grad-reduce", "--overlap-param-gather", "--save-interval", "10")
 """As on a cluster: bf16 weights, distributed optimizer, communication overlapped."""
@@ -41,3 +41,18 @@ def test_after_sigterm_and_after_kill_the_losses_are_the_same_to_the_last_bit(tr
     assert losses == validation(uninterrupted.output)
     assert list(losses) == [*range(4, LAST, 4)]
     assert record(save)[LAST]["corpus_tokens"] == record(whole)[LAST]["corpus_tokens"]
+
+
+def test_a_global_batch_that_grows_goes_on_where_it_was(train, tmp_path):
+    words = ("--step-batch-size-schedule", "0:8 2560:16", "--save-interval", "4")
+    length = ("--train-samples", "96", "--lr-warmup-samples", "16")
+    whole = tmp_path / "whole"
+    done = train(whole, *words, length=length)
+    assert done.code == 0, done.output[-3000:]
+    consumed = [row["consumed_samples"] for row in record(whole).values()]
+    assert consumed == [8, 16, 24, 32, 40, 56, 72, 88, 104]
+
+    save = checkpoint_of(whole, 4, tmp_path / "stopped")
+    done = train(save, *words, length=length)
+    assert done.code == 0, done.output[-3000:]
+    assert exact(save) == {step: row for step, row in exact(whole).items() if step > 4}
