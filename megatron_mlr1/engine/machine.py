@@ -38,8 +38,8 @@ FP8 runs are held against the same figure, so that their MFU can be compared wit
 """
 
 
-FSDP = ("--use-torch-fsdp2", "--use-megatron-fsdp")
-"""Flags with which the engine wants more than one connection."""
+FSDP = "--use-megatron-fsdp"
+"""The flag with which the engine wants more than one connection."""
 
 
 def words(user: Sequence[str]) -> tuple[str, ...]:
@@ -81,7 +81,7 @@ def environment(user: Sequence[str]) -> None:
     Args:
         user: the words of the run, recipe included.
     """
-    if not any(word in FSDP for word in user):
+    if FSDP not in user:
         # Tensor and context parallelism order their kernels by it on devices before Blackwell.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # Else Transformer Engine 2.18 refuses the scales of a checkpoint in FP8 with delayed scaling,

@@ -26,6 +26,8 @@ INSTEAD: Mapping[str, str] = MappingProxyType(
         "--adlr-autoresume": "asks a package of NVIDIA's own clusters, and without it the engine "
         "ends before the first step, with status 0. Leave it out; the same command goes on from "
         "the last checkpoint.",
+        "--use-torch-fsdp2": "asks for a head of its own, and a MobileLLM-R1's is its embedding. "
+        "Take --use-distributed-optimizer in its place.",
         "--init-model-with-meta-device": "leaves the weights without values. Leave it out.",
         "--no-initialization": "leaves weights as the memory was wherever no checkpoint gives "
         "them, and saves moments at these sizes. Leave it out.",

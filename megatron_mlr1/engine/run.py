@@ -211,7 +211,7 @@ def _head_kernels(args: Namespace, options: Mlr1Options) -> HeadKernels:
         packed=args.dataloader_inter_document_masking,
         distils=options.distillation.teacher is not None,
         sparse=options.distillation.form in ("hybrid", "top_k"),
-        fsdp=args.use_torch_fsdp2 or args.use_megatron_fsdp,
+        fsdp=args.use_megatron_fsdp,
     )
     kernels.refuse(run)
     return kernels

@@ -121,19 +121,19 @@ class HeadKernels:
     def _refuse_fsdp(self, run: HeadRun) -> None:
         if not run.fsdp:
             return
-        fused = "--use-torch-fsdp2 and --use-megatron-fsdp do not go with"
+        fused = "--use-megatron-fsdp does not go with"
         why = (
-            "they make the head's weight whole for a call of the engine's output layer alone, and "
+            "it makes the head's weight whole for a call of the engine's output layer alone, and "
             "these losses read it without one"
         )
         if run.distils:
             raise ConfigError(
-                f"{fused} --teacher: {why}. Take --use-distributed-optimizer in their place."
+                f"{fused} --teacher: {why}. Take --use-distributed-optimizer in its place."
             )
         if self.cross_entropy not in OF_ENGINE:
             raise ConfigError(
                 f"{fused} --mlr1-kernels linear_cross_entropy={self.cross_entropy}: {why}. Take "
-                "--use-distributed-optimizer in their place, or choose "
+                "--use-distributed-optimizer in its place, or choose "
                 "linear_cross_entropy=reference."
             )
 

@@ -31,7 +31,7 @@ def test_a_run_may_read_the_scales_of_its_own_checkpoints_in_fp8(after):
 
 def test_kernels_are_ordered_by_one_connection_but_under_fsdp(after):
     assert after()[CONNECTIONS] == "1"
-    assert CONNECTIONS not in after("--use-torch-fsdp2")
+    assert CONNECTIONS not in after("--use-megatron-fsdp")
 
 
 def test_what_is_set_already_stays(after):
