@@ -1,4 +1,7 @@
-"""Flags of the engine's that would end in its stack trace here, or do nothing; refused in words."""
+"""Flags of the engine's that are refused in words.
+
+They would end in its stack trace here, do nothing, or train what cannot be converted.
+"""
 
 import importlib.util
 from argparse import Namespace
@@ -30,7 +33,7 @@ INSTEAD: Mapping[str, str] = MappingProxyType(
         "Take --use-distributed-optimizer in its place.",
         "--init-model-with-meta-device": "leaves the weights without values. Leave it out.",
         "--no-initialization": "leaves weights as the memory was wherever no checkpoint gives "
-        "them, and saves moments at these sizes. Leave it out.",
+        "them. Leave it out.",
         "--init-method-xavier-uniform": "is not taken by the configuration of Megatron-Core 0.19. "
         "Leave it out; weights start from N(0, --init-method-std).",
         "--config-logger-dir": "cannot write the model's settings in Megatron-Core 0.19 (they hold "

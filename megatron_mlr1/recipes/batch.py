@@ -70,7 +70,8 @@ def largest_micro_batch(global_batch: int, bound: int, layout: Layout) -> int:
 def scheduled_batches(schedule: str) -> tuple[int, ...]:
     """Read the global batches of `--step-batch-size-schedule`, `THRESHOLD:BATCH ...`.
 
-    What the engine's parser takes for none is left out: it refuses the whole with its reason.
+    As the engine reads them, which is not loaded where a plan is made. What it takes for none is
+    left out here: it refuses the whole with its reason.
     """
     factors = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
     batches = []

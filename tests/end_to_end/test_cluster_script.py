@@ -10,8 +10,6 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 TRAIN = EXAMPLES / "pretraining_cluster" / "train.sbatch"
 POOL = EXAMPLES / "distillation" / "pool.sbatch"
 STEP = 'mkdir -p "$CHECKPOINTS/950m/pretrain_phase1"; echo {} >>"$CHECKPOINTS/$RECORD"; '
-
-
 TEACHERS = """
 trap 'echo the teachers are told to drain; exit' TERM
 touch "$CHECKPOINTS/950m/midtrain_phase1/pool/a.lease"

@@ -7,6 +7,7 @@ import pytest
 
 from megatron_mlr1.options import add_mlr1_arguments
 from megatron_mlr1.recipes import expand
+from megatron_mlr1.recipes.batch import scheduled_batches
 from megatron_mlr1.recipes.plan import DATA_FLAGS, DISPLACES, IN_ITERATIONS, PARALLEL_FLAGS
 from megatron_mlr1.recipes.sheet import names
 
@@ -58,3 +59,11 @@ def test_every_flag_that_we_know_by_name_is_the_engines(parser: ArgumentParser) 
     known |= {name.replace("iters", "samples") for name in IN_ITERATIONS}
     known |= {rival for rivals in DISPLACES.values() for rival in rivals}
     assert {f"--{name}" for name in known} - flags_of(parser) == set()
+
+
+@pytest.mark.parametrize("schedule", ["0:768 250B:1536,500b:3K", " 0:8  1.5K:16 ", "2M:2.5k 0:1"])
+def test_the_batches_of_a_schedule_are_those_that_the_engine_reads(schedule: str) -> None:
+    from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
+
+    read = StepBatchsizeNumMicroBatchesCalculator._parse_schedule(schedule, 64)
+    assert sorted(scheduled_batches(schedule)) == sorted(batch for _, batch in read)
